@@ -1,1 +1,2 @@
 #![doc = "Placeholder."]
+pub mod wire;
