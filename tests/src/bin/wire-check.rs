@@ -135,9 +135,16 @@ impl RunArgs {
     }
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    run(Cli::parse().mode).unwrap_or_else(|error| {
+        eprintln!("wire-check: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(mode: Mode) -> Result<ExitCode> {
     let begun = Instant::now();
-    match Cli::parse().mode {
+    match mode {
         Mode::Send {
             iface,
             rate,
