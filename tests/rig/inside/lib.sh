@@ -1,0 +1,157 @@
+# What the scripts inside the rig share: the cards, the back end, the front-end, and how a result is told.
+# Sourced. RIG_BINARY is our program, RIG_TOOLS the folder of wire-check and picture, both set by the caller of `boot`.
+
+export RUST_BACKTRACE=0
+SOCKET=/run/vuv/vm0.sock # in a folder of its own, so that a container can be given just that
+CONTROL=/run/vuv.sock
+GUEST_MAC=52:54:00:00:00:01
+LOGS=/mnt # the out folder: what is left there can be read after power-off
+
+# ---- results: one line each; `test` outside counts them -------------------------------------------------------
+
+failures=0
+ok() { echo "ok $1: $2"; }
+not_ok() {
+	echo "not ok $1: $2"
+	failures=$((failures + 1))
+}
+# Ends a script: how many results there had to be, so that one which never came is noticed.
+finish() {
+	echo "expected $1"
+	exit $((failures > 0))
+}
+# Runs a command as result NAME; its last line is what was seen.
+check() {
+	local name=$1 seen
+	shift
+	if seen=$("$@" 2>&1); then ok "$name" "${seen##*$'\n'}"; else not_ok "$name" "${seen##*$'\n'}"; fi
+}
+# Waits until a command succeeds. Nested emulation is slow, so the bound is generous; it decides only failures.
+wait_for() {
+	local seconds=$1 what=$2 deadline
+	shift 2
+	deadline=$((SECONDS + seconds))
+	until "$@" >/dev/null 2>&1; do
+		[ $SECONDS -lt $deadline ] || { echo "rig: waited $seconds s for $what" >&2 && return 1; }
+		sleep 0.1
+	done
+}
+
+# ---- the cards ------------------------------------------------------------------------------------------------
+
+cards() { grep -l 0x10c9 /sys/bus/pci/devices/*/device | xargs -n 1 dirname | xargs -n 1 basename | sort; }
+card() { cards | sed -n "$1p"; }
+group_of() { basename "$(readlink "/sys/bus/pci/devices/$1/iommu_group")"; }
+cdev_of() { echo "/dev/vfio/devices/$(ls "/sys/bus/pci/devices/$1/vfio-dev")"; }
+
+bind_to() {
+	local address=$1 driver=$2 device=/sys/bus/pci/devices/$1
+	echo "$driver" >"$device/driver_override"
+	[ ! -e "$device/driver" ] || echo "$address" >"$device/driver/unbind"
+	echo "$address" >/sys/bus/pci/drivers_probe
+	[ "$(basename "$(readlink "$device/driver")")" = "$driver" ]
+}
+
+# The last card, with the kernel's driver: whoever is on the other end of the wire. Sets PEER.
+peer_up() {
+	local address
+	address=$(cards | tail -n 1)
+	PEER=$(ls "/sys/bus/pci/devices/$address/net")
+	quiet_interface "$PEER"
+	wait_for 20 "link on $PEER" grep -q 1 "/sys/class/net/$PEER/carrier"
+}
+
+# Up, taking every frame, and saying nothing by itself.
+quiet_interface() {
+	echo 1 >"/proc/sys/net/ipv6/conf/$1/disable_ipv6" 2>/dev/null || :
+	ip link set "$1" up promisc on
+}
+
+hugepages() {
+	echo "$1" >/proc/sys/vm/nr_hugepages
+	mountpoint -q /dev/hugepages || mount -t hugetlbfs none /dev/hugepages
+	[ "$(cat /proc/sys/vm/nr_hugepages)" -ge "$1" ]
+}
+
+# ---- the back end ---------------------------------------------------------------------------------------------
+
+# Starts our process on a card with further options and waits for its socket. Sets BACKEND.
+# As somebody else: BACKEND_AS="prlimit .. setpriv .." (a command that runs another).
+backend_start() {
+	local address=$1
+	shift
+	mkdir -p "$(dirname $SOCKET)"
+	rm -f $SOCKET
+	if [ -n "${RIG_STAND_IN:-}" ]; then
+		stand_in_start "$address"
+	else
+		${BACKEND_AS:-} "$RIG_BINARY" --device "$address" --socket-path $SOCKET --control $CONTROL "$@" \
+			>"$LOGS/backend.log" 2>&1 &
+	fi
+	BACKEND=$!
+	backend_is_up_or_gone() { [ -S $SOCKET ] || ! kill -0 $BACKEND; }
+	wait_for 30 "the back end's socket" backend_is_up_or_gone
+	[ -S $SOCKET ] || { tail -n 5 "$LOGS/backend.log" && return 1; }
+}
+
+# DPDK's vhost and igb drivers in our place: shows that the rig works, whatever our process does.
+stand_in_start() {
+	dpdk-testpmd --lcores 0@0,1@0 --file-prefix backend -m 128 -a "$1" --vdev "net_vhost0,iface=$SOCKET,queues=1" -- \
+		--forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600 >"$LOGS/backend.log" 2>&1 &
+}
+
+# SIGTERM, and 0 as the answer.
+backend_stop() {
+	kill -TERM $BACKEND 2>/dev/null || :
+	local status=0
+	wait $BACKEND || status=$?
+	[ $status = 0 ] || { echo "the back end ended with $status: $(tail -n 1 "$LOGS/backend.log")" && return 1; }
+	echo "exit status 0 on SIGTERM"
+}
+
+stats() { "$RIG_BINARY" stats --control $CONTROL; }
+
+# ---- the front-end: testpmd's virtio-user, with a veth pair so that any program can send and receive through it --
+#
+#   guest0 ══veth══ guest0w ── af_packet port ── testpmd ── virtio-user port ── the back end's socket
+
+front_end_veth() {
+	[ -e /sys/class/net/guest0 ] || ip link add guest0 type veth peer name guest0w
+	quiet_interface guest0
+	quiet_interface guest0w
+}
+
+# How testpmd is called, one word per line; further words are EAL options (its memory).
+front_end_command() {
+	printf '%s\n' dpdk-testpmd --lcores 0@0,1@1 --no-pci --file-prefix front "$@" \
+		--vdev "net_virtio_user0,path=$SOCKET,mac=$GUEST_MAC,queue_size=256,mrg_rxbuf=1,in_order=1" \
+		--vdev net_af_packet0,iface=guest0w,framecnt=512,blocksz=4096,framesz=2048 \
+		-- --forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600
+}
+
+# Sets FRONT_END. FRONT_END_AS as with BACKEND_AS.
+front_end_start() {
+	front_end_veth
+	local command
+	mapfile -t command < <(front_end_command "$@")
+	${FRONT_END_AS:-} "${command[@]}" >"$LOGS/front-end.log" 2>&1 &
+	FRONT_END=$!
+}
+
+front_end_stop() {
+	kill -TERM $FRONT_END 2>/dev/null || :
+	wait $FRONT_END || : # testpmd's own status says nothing of ours
+}
+
+# Frames from guest to wire (tx), from wire to guest (rx), or both at once; further words go to wire-check.
+tx() { "$RIG_TOOLS/wire-check" through --from guest0 --to "$PEER" "$@"; }
+rx() { "$RIG_TOOLS/wire-check" through --from "$PEER" --to guest0 --dst $GUEST_MAC "$@"; }
+both_ways() {
+	local seen status=0
+	rx "$@" >/tmp/rx.seen 2>&1 &
+	local other=$!
+	seen=$(tx "$@" 2>&1) || status=1
+	wait $other || status=1
+	echo "$seen; $(cat /tmp/rx.seen)"
+	return $status
+}
