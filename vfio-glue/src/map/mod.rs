@@ -1,0 +1,620 @@
+//! The memory map: one IOVA space, what is mapped in it, and the devices that see it. The heart of the project.
+//!
+//! ```text
+//! front-end's region ──add_region──▶ extents (cut, deduplicated, counted) ──▶ dyn Iommu
+//! device ──attach──▶ sees all of it, whenever it comes
+//! ```
+//!
+//! A map exists by itself: it is made, filled and inspected with no device, and outlives every device and every
+//! guest (R1). No device is special (R2). Memory changes touch the map and never the devices (R3). The same
+//! memory seen twice is mapped once, by device, inode, offset and length of its file (R4). What the kernel keeps
+//! behind it does not show (R6).
+//!
+//! All calls are control plane: they take one lock and may block while the kernel pins. Lanes never call here.
+
+mod budget;
+mod extent;
+mod iova;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use self::extent::{ExtentKey, cut};
+use self::iova::{IovaAllocator, cautious_ranges};
+use crate::address::Iova;
+use crate::iommu::software::SoftwareBus;
+use crate::iommu::{DeviceAddress, Iommu, IommuError, IommuKind, MapRequest, MappedBy};
+use crate::memory::{FileError, HostRange, Region, RegionPiece, RegionSpec, page_bytes};
+use crate::pci::PciFunction;
+
+pub use extent::{CELL_BYTES, Extent};
+
+/// Why the map could not be changed. It is as before then, unless the variant says otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The region's file cannot serve.
+    #[error("guest region at {guest:#x} ({len:#x} bytes) is refused")]
+    Region {
+        /// Guest-physical start.
+        guest: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Why.
+        source: FileError,
+    },
+    /// The region's addresses wrap.
+    #[error(
+        "guest region at {guest:#x} of {len:#x} bytes (front-end {frontend:#x}, file offset {offset:#x}) is empty or wraps"
+    )]
+    Wraps {
+        /// Guest-physical start.
+        guest: u64,
+        /// Front-end start.
+        frontend: u64,
+        /// Length in bytes.
+        len: u64,
+        /// File offset.
+        offset: u64,
+    },
+    /// Pinning would go over the limit on locked memory.
+    #[error(
+        "{need} more bytes would have to be pinned, {pinned} are already, and the limit on locked memory is {limit}: \
+         raise it (ulimit -l, LimitMEMLOCK=) to at least {} bytes", need + pinned
+    )]
+    OverBudget {
+        /// Bytes the change needs.
+        need: u64,
+        /// Bytes this map holds.
+        pinned: u64,
+        /// RLIMIT_MEMLOCK in bytes.
+        limit: u64,
+    },
+    /// No free IOVA range is large enough.
+    #[error("no room for {len:#x} bytes in the IOVA ranges {usable}")]
+    NoIova {
+        /// Bytes wanted.
+        len: u64,
+        /// The usable ranges.
+        usable: String,
+    },
+    /// The kernel takes no more mappings.
+    #[error("the IOMMU takes {left} more mappings, {need} are needed")]
+    TooManyMappings {
+        /// How many it takes.
+        left: usize,
+        /// How many were to come.
+        need: usize,
+    },
+    /// The device's usable ranges leave out something that is mapped.
+    #[error("device {device} cannot reach what is mapped at {start:#x}-{end:#x}; it reaches {usable}")]
+    Strands {
+        /// The device.
+        device: DeviceAddress,
+        /// First mapped byte outside.
+        start: u64,
+        /// Last mapped byte of that range.
+        end: u64,
+        /// The ranges it reaches.
+        usable: String,
+    },
+    /// The device is on this map already.
+    #[error("device {device} is already on map {map}")]
+    AlreadyAttached {
+        /// The device.
+        device: DeviceAddress,
+        /// The map's name.
+        map: String,
+    },
+    /// Memory of our own could not be allocated.
+    #[error("cannot allocate {len} bytes of memory for rings or bounce slots")]
+    OwnMemory {
+        /// Bytes wanted.
+        len: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The IOMMU or VFIO refused.
+    #[error("the IOMMU refused")]
+    Iommu(#[from] IommuError),
+}
+
+/// One IOVA space. Shared by `Arc`; see the module's page for what it promises.
+pub struct MemoryMap {
+    name: String,
+    kind: IommuKind,
+    bus: Arc<SoftwareBus>,
+    books: Mutex<Books>,
+}
+
+struct Books {
+    iommu: Box<dyn Iommu>,
+    iovas: IovaAllocator,
+    extents: HashMap<ExtentKey, Record>,
+    devices: Vec<DeviceAddress>,
+}
+
+struct Record {
+    extent: Arc<Extent>,
+    by: MappedBy,
+    /// One entry for each time it was asked for.
+    owners: Vec<String>,
+}
+
+impl std::fmt::Debug for MemoryMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryMap({}, {})", self.name, self.kind.as_str())
+    }
+}
+
+impl MemoryMap {
+    /// Makes an empty map over an IOMMU back end. No device is needed.
+    pub fn new(name: &str, iommu: Box<dyn Iommu>) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.to_owned(),
+            kind: iommu.kind(),
+            bus: Arc::default(),
+            books: Mutex::new(Books {
+                iommu,
+                iovas: IovaAllocator::new(cautious_ranges()),
+                extents: HashMap::new(),
+                devices: Vec::new(),
+            }),
+        })
+    }
+
+    /// The map's name, `main` unless the operator has more than one.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What programs the IOMMU for this map.
+    pub fn kind(&self) -> IommuKind {
+        self.kind
+    }
+
+    /// How a device made of software reaches what is mapped.
+    pub fn software_bus(&self) -> Arc<SoftwareBus> {
+        Arc::clone(&self.bus)
+    }
+
+    /// Maps a guest's region for every device of this map, those to come included.
+    ///
+    /// `owner` is the guest, for `stats`. Bytes that are mapped already, by this guest or another, are shared and
+    /// not pinned again. Blocks while the kernel pins.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`]; nothing of the region is mapped then.
+    pub fn add_region(&self, owner: &str, spec: RegionSpec) -> Result<Region, MapError> {
+        let (guest, len) = (spec.guest.0, spec.len);
+        let refused = |source| MapError::Region { guest, len, source };
+        let ends = [spec.guest.0, spec.frontend.0, spec.file_offset].map(|start| start.checked_add(len));
+        if len == 0 || ends.contains(&None) {
+            let (frontend, offset) = (spec.frontend.0, spec.file_offset);
+            return Err(MapError::Wraps {
+                guest,
+                frontend,
+                len,
+                offset,
+            });
+        }
+        let page = page_bytes(&spec.file).map_err(refused)?;
+        let cells = cut(spec.file_offset, len, page);
+        let extents = self
+            .books()
+            .acquire(&self.bus, &spec.file, &cells, owner)
+            .map_err(|error| match error {
+                AcquireError::File(source) => refused(source),
+                AcquireError::Map(error) => error,
+            })?;
+        let end = spec.file_offset + len;
+        let pieces = extents
+            .into_iter()
+            .map(|extent| {
+                let from = spec.file_offset.max(extent.file_offset());
+                let to = end.min(extent.file_offset() + extent.len());
+                RegionPiece {
+                    skip: from - extent.file_offset(),
+                    len: to - from,
+                    extent,
+                }
+            })
+            .collect();
+        Ok(Region { spec, pieces })
+    }
+
+    /// Takes a region back. Bytes nobody else has asked for are unmapped: no device reaches them once this
+    /// returns, so the caller has drained whatever used them.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::Iommu`] if an unmap failed: that extent then stays in the books and keeps its IOVA.
+    pub fn remove_region(&self, owner: &str, region: &Region) -> Result<(), MapError> {
+        let mut books = self.books();
+        let mut first_error = Ok(());
+        for piece in &region.pieces {
+            let released = books.release(&self.bus, &piece.extent, owner);
+            first_error = first_error.and(released);
+        }
+        first_error
+    }
+
+    /// Maps all of a file of our own.
+    pub(crate) fn add_own(&self, file: &Arc<File>, len: u64, owner: &str) -> Result<Arc<Extent>, MapError> {
+        let whole = 0..len;
+        let mut extents = self
+            .books()
+            .acquire(&self.bus, file, std::slice::from_ref(&whole), owner)
+            .map_err(|error| match error {
+                AcquireError::File(source) => MapError::OwnMemory {
+                    len,
+                    source: io::Error::other(source),
+                },
+                AcquireError::Map(error) => error,
+            })?;
+        extents.pop().ok_or_else(|| MapError::OwnMemory {
+            len,
+            source: io::ErrorKind::InvalidInput.into(),
+        })
+    }
+
+    /// Takes back one `add_own`.
+    pub(crate) fn release(&self, extent: &Arc<Extent>, owner: &str) -> Result<(), MapError> {
+        self.books().release(&self.bus, extent, owner)
+    }
+
+    /// Lets a device in. It sees everything that is mapped now and whatever comes later.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`]; the map and its other devices are as before.
+    pub fn attach(self: &Arc<Self>, device: &DeviceAddress) -> Result<Device, MapError> {
+        let mut books = self.books();
+        if books.devices.contains(device) {
+            return Err(MapError::AlreadyAttached {
+                device: device.clone(),
+                map: self.name.clone(),
+            });
+        }
+        let function = books.iommu.attach(device)?;
+        if let Err(error) = books.narrow(device) {
+            drop(function);
+            if let Err(error) = books.iommu.detach(device) {
+                tracing::warn!(%device, %error, "detach after a refused attach failed");
+            }
+            return Err(error);
+        }
+        books.devices.push(device.clone());
+        let seat = Seat {
+            map: Arc::clone(self),
+            address: device.clone(),
+            taken: true,
+        };
+        Ok(Device {
+            function: FunctionHandle(function),
+            seat,
+        })
+    }
+
+    fn detach(&self, device: &DeviceAddress) -> Result<(), MapError> {
+        let mut books = self.books();
+        books.devices.retain(|other| other != device);
+        Ok(books.iommu.detach(device)?)
+    }
+
+    /// What is in the map now, in order of IOVA.
+    pub fn snapshot(&self) -> MapSnapshot {
+        let books = self.books();
+        let mut extents: Vec<ExtentSnapshot> = books.extents.values().map(Record::snapshot).collect();
+        extents.sort_by_key(|extent| extent.iova);
+        let mapped_bytes = extents.iter().map(|extent| extent.len).sum();
+        MapSnapshot {
+            name: self.name.clone(),
+            iommu: self.kind,
+            usable: books.iovas.usable().to_vec(),
+            mapped_bytes,
+            pinned_bytes: if books.iommu.pins_now() { mapped_bytes } else { 0 },
+            devices: books.devices.clone(),
+            extents,
+        }
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        // A panic elsewhere must not take the map from every other port.
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum AcquireError {
+    File(FileError),
+    Map(MapError),
+}
+
+impl<E: Into<MapError>> From<E> for AcquireError {
+    fn from(error: E) -> Self {
+        Self::Map(error.into())
+    }
+}
+
+impl Books {
+    /// Maps what of `cells` is not mapped yet and counts `owner` for all of it, or changes nothing.
+    fn acquire(
+        &mut self,
+        bus: &SoftwareBus,
+        file: &Arc<File>,
+        cells: &[Range<u64>],
+        owner: &str,
+    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
+        let mut keys = Vec::with_capacity(cells.len());
+        for cell in cells {
+            let len = cell.end - cell.start;
+            let key = ExtentKey::of(file, cell.start, len).map_err(|source| {
+                AcquireError::File(FileError::Call {
+                    call: "fstat",
+                    offset: cell.start,
+                    len,
+                    source,
+                })
+            })?;
+            keys.push((key, cell.clone()));
+        }
+        let new = keys.iter().filter(|(key, _)| !self.extents.contains_key(key));
+        let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
+            (count + 1, need + cell.end - cell.start)
+        });
+        self.check_budget(count, need)?;
+
+        let mut held: Vec<Arc<Extent>> = Vec::with_capacity(keys.len());
+        for (key, cell) in keys {
+            let after = held.last().map(|last| last.iova.raw() + last.len());
+            match self.acquire_one(bus, file, key, &cell, owner, after) {
+                Ok(extent) => held.push(extent),
+                Err(error) => {
+                    for extent in &held {
+                        if let Err(error) = self.release(bus, extent, owner) {
+                            tracing::error!(%error, "undoing a refused region left an extent mapped");
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(held)
+    }
+
+    fn acquire_one(
+        &mut self,
+        bus: &SoftwareBus,
+        file: &Arc<File>,
+        key: ExtentKey,
+        cell: &Range<u64>,
+        owner: &str,
+        after: Option<u64>,
+    ) -> Result<Arc<Extent>, AcquireError> {
+        if let Some(record) = self.extents.get_mut(&key) {
+            record.owners.push(owner.to_owned());
+            return Ok(Arc::clone(&record.extent));
+        }
+        let len = cell.end - cell.start;
+        let host = HostRange::of_file(file, cell.start, len).map_err(AcquireError::File)?;
+        let iova = self
+            .iovas
+            .take(len, cell.start, after)
+            .ok_or_else(|| MapError::NoIova {
+                len,
+                usable: show_ranges(self.iovas.usable()),
+            })?;
+        let request = MapRequest {
+            iova,
+            len,
+            file: Arc::clone(file),
+            offset: cell.start,
+            host: host.clone(),
+        };
+        let by = self
+            .iommu
+            .map(&request)
+            .inspect_err(|_| self.iovas.give_back(iova))?;
+        bus.insert(iova, host.clone());
+        let extent = Arc::new(Extent {
+            key,
+            file: Arc::clone(file),
+            iova,
+            host,
+        });
+        tracing::info!(%iova, len, owner, by = by.as_str(), "mapped");
+        let record = Record {
+            extent: Arc::clone(&extent),
+            by,
+            owners: vec![owner.to_owned()],
+        };
+        self.extents.insert(key, record);
+        Ok(extent)
+    }
+
+    /// Counts `owner` out once; unmaps when nobody is left.
+    fn release(&mut self, bus: &SoftwareBus, extent: &Arc<Extent>, owner: &str) -> Result<(), MapError> {
+        let Some(record) = self.extents.get_mut(&extent.key) else {
+            return Ok(());
+        };
+        if let Some(index) = record.owners.iter().position(|other| other == owner) {
+            record.owners.swap_remove(index);
+        }
+        if !record.owners.is_empty() {
+            return Ok(());
+        }
+        // Software devices lose the range first, then the hardware; the IOVA is free only once it is unmapped.
+        bus.remove(extent.iova);
+        self.iommu.unmap(extent.iova, extent.len())?;
+        self.iovas.give_back(extent.iova);
+        self.extents.remove(&extent.key);
+        tracing::info!(iova = %extent.iova, len = extent.len(), owner, "unmapped");
+        Ok(())
+    }
+
+    fn check_budget(&self, mappings: usize, need: u64) -> Result<(), MapError> {
+        if let Some(left) = self.iommu.mappings_left().filter(|left| *left < mappings) {
+            return Err(MapError::TooManyMappings { left, need: mappings });
+        }
+        let pins = matches!(self.iommu.kind(), IommuKind::Iommufd | IommuKind::Type1);
+        let Some(limit) = budget::pin_limit().filter(|_| pins) else {
+            return Ok(());
+        };
+        let pinned = self.extents.values().map(|record| record.extent.len()).sum();
+        if need.saturating_add(pinned) > limit {
+            return Err(MapError::OverBudget { need, pinned, limit });
+        }
+        Ok(())
+    }
+
+    /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.
+    fn narrow(&mut self, device: &DeviceAddress) -> Result<(), MapError> {
+        let Some(usable) = self.iommu.usable_ranges()? else {
+            return Ok(());
+        };
+        if let Some((start, end)) = self.iovas.stranded_by(&usable) {
+            let device = device.clone();
+            return Err(MapError::Strands {
+                device,
+                start,
+                end: end - 1,
+                usable: show_ranges(&usable),
+            });
+        }
+        self.iovas.set_usable(usable);
+        Ok(())
+    }
+}
+
+impl Record {
+    fn snapshot(&self) -> ExtentSnapshot {
+        let fd = self.extent.file.as_raw_fd();
+        let file = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+        ExtentSnapshot {
+            iova: self.extent.iova,
+            len: self.extent.len(),
+            file: file.map_or_else(|_| "?".to_owned(), |path| path.display().to_string()),
+            file_offset: self.extent.file_offset(),
+            by: self.by,
+            owners: self.owners.clone(),
+        }
+    }
+}
+
+fn show_ranges(ranges: &[RangeInclusive<u64>]) -> String {
+    let shown: Vec<String> = ranges
+        .iter()
+        .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
+        .collect();
+    shown.join(", ")
+}
+
+/// A device on a map, let in by [`MemoryMap::attach`]. Shown out when dropped; stop its DMA first.
+#[derive(Debug)]
+pub struct Device {
+    // Declared before the seat and so dropped before it: type1 cannot let a group go while a BAR is mapped.
+    function: FunctionHandle,
+    seat: Seat,
+}
+
+struct FunctionHandle(Arc<dyn PciFunction>);
+
+impl std::fmt::Debug for FunctionHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0.name())
+    }
+}
+
+/// A device's place on a map, given up once.
+#[derive(Debug)]
+struct Seat {
+    map: Arc<MemoryMap>,
+    address: DeviceAddress,
+    taken: bool,
+}
+
+impl Device {
+    /// The map it is on.
+    pub fn map(&self) -> &Arc<MemoryMap> {
+        &self.seat.map
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &DeviceAddress {
+        &self.seat.address
+    }
+
+    /// Registers, configuration space, interrupts and reset. Clones must go before the device does.
+    pub fn function(&self) -> &Arc<dyn PciFunction> {
+        &self.function.0
+    }
+
+    /// Shows the device out and says whether that went well. Its DMA has been stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::Iommu`]; the device is off the map's books all the same.
+    pub fn detach(self) -> Result<(), MapError> {
+        let Self { function, mut seat } = self;
+        drop(function);
+        seat.leave()
+    }
+}
+
+impl Seat {
+    fn leave(&mut self) -> Result<(), MapError> {
+        if std::mem::take(&mut self.taken) {
+            self.map.detach(&self.address)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Err(error) = self.leave() {
+            tracing::error!(device = %self.address, %error, "detach failed");
+        }
+    }
+}
+
+/// A map's contents at one moment.
+#[derive(Clone, Debug)]
+pub struct MapSnapshot {
+    /// The map's name.
+    pub name: String,
+    /// What programs its IOMMU.
+    pub iommu: IommuKind,
+    /// Ranges of IOVA it allocates from.
+    pub usable: Vec<RangeInclusive<u64>>,
+    /// Bytes mapped, each once.
+    pub mapped_bytes: u64,
+    /// Bytes the kernel holds pinned for it now.
+    pub pinned_bytes: u64,
+    /// The devices that see it.
+    pub devices: Vec<DeviceAddress>,
+    /// What is mapped, in order of IOVA.
+    pub extents: Vec<ExtentSnapshot>,
+}
+
+/// One extent at one moment.
+#[derive(Clone, Debug)]
+pub struct ExtentSnapshot {
+    /// Where devices find it.
+    pub iova: Iova,
+    /// Length in bytes.
+    pub len: u64,
+    /// The file, as the kernel names it.
+    pub file: String,
+    /// Where it starts in the file, in bytes.
+    pub file_offset: u64,
+    /// How the IOMMU got it.
+    pub by: MappedBy,
+    /// Who asked for it, once for each time.
+    pub owners: Vec<String>,
+}

@@ -1,0 +1,397 @@
+//! A range of a file mapped into this process, and copies in and out of it.
+//!
+//! The guest, the VMM and the card write these bytes whenever they like, so no Rust reference to them ever
+//! exists: everything goes through raw pointers, and what was read must be checked from the copy.
+//!
+//! Read with: mmap(2); vhost-user, "Memory region description".
+
+#![expect(
+    unsafe_code,
+    reason = "maps files and copies bytes that others write at the same time"
+)]
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+
+const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+const SMALL_PAGE: u64 = 4096;
+
+/// Why a file cannot serve as memory.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The descriptor is no file: a socket, a pipe, an eventfd.
+    #[error("the descriptor is not a file that can be shared memory; give the VMM's memory share=on")]
+    NotAFile,
+    /// The file ends before the range does.
+    #[error("the memory announced ends at {end:#x} of its file, which is only {size:#x} bytes long")]
+    TooShort {
+        /// Where the range would end, as a file offset.
+        end: u64,
+        /// How long the file is, in bytes.
+        size: u64,
+    },
+    /// The range is empty, wraps, or does not lie on the file's pages.
+    #[error("{len:#x} bytes at file offset {offset:#x} are not whole pages of {page:#x} bytes")]
+    Bounds {
+        /// Start of the range.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// The file's page size in bytes.
+        page: u64,
+    },
+    /// A system call on the file failed.
+    #[error("{call} of {len:#x} bytes at file offset {offset:#x} failed")]
+    Call {
+        /// Which call.
+        call: &'static str,
+        /// Start of the range.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// The size in bytes of the pages a file is made of: 4096, or the huge page size on hugetlbfs.
+///
+/// # Errors
+///
+/// [`FileError::NotAFile`] for anything but a regular file, [`FileError::Call`] if the kernel does not tell.
+pub fn page_bytes(file: &File) -> Result<u64, FileError> {
+    let failed = |call| {
+        move |source: rustix::io::Errno| FileError::Call {
+            call,
+            offset: 0,
+            len: 0,
+            source: source.into(),
+        }
+    };
+    let stat = fstat(file).map_err(failed("fstat"))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(FileError::NotAFile);
+    }
+    let fs = fstatfs(file).map_err(failed("fstatfs"))?;
+    let on_hugetlbfs = u32::try_from(fs.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
+    Ok(if on_hugetlbfs {
+        u64::try_from(fs.f_bsize).unwrap_or(SMALL_PAGE)
+    } else {
+        SMALL_PAGE
+    })
+}
+
+/// One mmap of a file. Unmapped when the last range of it goes.
+struct HostMapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain shared memory. Other processes and devices write it at any time anyway, and
+// this type hands out no reference, so one more thread of ours changes nothing.
+unsafe impl Send for HostMapping {}
+// SAFETY: as above.
+unsafe impl Sync for HostMapping {}
+
+impl HostMapping {
+    fn of_file(file: &File, offset: u64, len: u64) -> Result<Arc<Self>, FileError> {
+        let failed = |call| {
+            move |source: rustix::io::Errno| FileError::Call {
+                call,
+                offset,
+                len,
+                source: source.into(),
+            }
+        };
+        let len_usize = usize::try_from(len).map_err(|_| FileError::Bounds {
+            offset,
+            len,
+            page: SMALL_PAGE,
+        })?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel picks the place (no address is given), so no memory of ours is replaced.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                len_usize,
+                protection,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                file,
+                offset,
+            )
+        }
+        .map_err(failed("mmap"))?;
+        let Some(base) = NonNull::new(base.cast::<u8>()) else {
+            return Err(failed("mmap")(rustix::io::Errno::NOMEM));
+        };
+        let mapping = Arc::new(Self { base, len: len_usize });
+        // Guest memory belongs in no core dump and in no child: a fork would make pinned pages copy on write
+        // (TRAPS 51).
+        for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
+            // SAFETY: neither advice changes what the bytes are, and the range is exactly our mapping.
+            unsafe { madvise(base.as_ptr().cast(), len_usize, advice) }.map_err(failed("madvise"))?;
+        }
+        Ok(mapping)
+    }
+}
+
+impl Drop for HostMapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is exactly what `mmap` gave, and every range and slice of it has gone, since each
+        // keeps this value alive (by `Arc` or by borrow).
+        let result = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        if let Err(error) = result {
+            tracing::error!(len = self.len, %error, "munmap failed, address space is lost");
+        }
+    }
+}
+
+/// Some bytes of a file, mapped and kept mapped for as long as this lives. Cheap to clone and to cut.
+#[derive(Clone)]
+pub struct HostRange {
+    mapping: Arc<HostMapping>,
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a pointer into `mapping`, which may be shared (see above) and is kept alive here.
+unsafe impl Send for HostRange {}
+// SAFETY: as above.
+unsafe impl Sync for HostRange {}
+
+impl std::fmt::Debug for HostRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostRange({:p}, {:#x} bytes)", self.start, self.len)
+    }
+}
+
+impl HostRange {
+    /// Maps `len` bytes of `file` from byte `offset` on, shared, readable and writable.
+    ///
+    /// The range may start and end anywhere; whole pages around it are mapped, but only it is exposed.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError`] if the descriptor is no file, is shorter than the range, or cannot be mapped writable.
+    pub fn of_file(file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
+        let page = page_bytes(file)?;
+        let out_of_bounds = FileError::Bounds { offset, len, page };
+        let Some(end) = offset.checked_add(len).filter(|_| len > 0) else {
+            return Err(out_of_bounds);
+        };
+        let stat = fstat(file).map_err(|source| FileError::Call {
+            call: "fstat",
+            offset,
+            len,
+            source: source.into(),
+        })?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if end > size {
+            return Err(FileError::TooShort { end, size });
+        }
+        let first = offset - offset % page;
+        let Some(last) = end.checked_next_multiple_of(page) else {
+            return Err(out_of_bounds);
+        };
+        let mapping = HostMapping::of_file(file, first, last - first)?;
+        let (Ok(skip), Ok(len)) = (usize::try_from(offset - first), usize::try_from(len)) else {
+            return Err(out_of_bounds);
+        };
+        // SAFETY: `skip + len` bytes lie inside the mapping, which starts at `first` and ends at or after `end`.
+        let start = unsafe { mapping.base.add(skip) };
+        Ok(Self { mapping, start, len })
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes: never so, a range is made with at least one.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first byte's address in this process, as a number, for the kernel.
+    pub fn address(&self) -> u64 {
+        self.start.as_ptr().addr() as u64
+    }
+
+    /// The first byte, for the other modules here that hold raw views.
+    pub(super) fn as_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// `len` bytes from `offset` on as a range of its own, or `None` if they are not all in this one.
+    pub fn sub(&self, offset: usize, len: usize) -> Option<Self> {
+        let slice = self.slice(offset, len)?;
+        Some(Self {
+            mapping: Arc::clone(&self.mapping),
+            start: slice.start,
+            len,
+        })
+    }
+
+    /// `len` bytes from `offset` on, borrowed, or `None` if they are not all in this range.
+    #[inline]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<HostSlice<'_>> {
+        if offset > self.len || len > self.len - offset {
+            return None;
+        }
+        // SAFETY: `offset` is at most `self.len` by the line above, so the sum stays inside the mapping or one
+        // past its end.
+        let start = unsafe { self.start.add(offset) };
+        Some(HostSlice {
+            start,
+            len,
+            lives: PhantomData,
+        })
+    }
+
+    /// All of it, borrowed.
+    #[inline]
+    pub fn whole(&self) -> HostSlice<'_> {
+        HostSlice {
+            start: self.start,
+            len: self.len,
+            lives: PhantomData,
+        }
+    }
+}
+
+/// Borrowed bytes that the guest or the card may change while we look: copy first, then believe the copy.
+#[derive(Clone, Copy)]
+pub struct HostSlice<'a> {
+    start: NonNull<u8>,
+    len: usize,
+    lives: PhantomData<&'a HostRange>,
+}
+
+impl std::fmt::Debug for HostSlice<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostSlice({:p}, {:#x} bytes)", self.start, self.len)
+    }
+}
+
+impl<'a> HostSlice<'a> {
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// `len` bytes from `offset` on, or `None` if they are not all here.
+    #[inline]
+    pub fn sub(&self, offset: usize, len: usize) -> Option<HostSlice<'a>> {
+        if offset > self.len || len > self.len - offset {
+            return None;
+        }
+        // SAFETY: `offset` is at most `self.len`, so the sum stays inside the mapping or one past its end.
+        let start = unsafe { self.start.add(offset) };
+        Some(HostSlice {
+            start,
+            len,
+            lives: PhantomData,
+        })
+    }
+
+    /// Copies the first bytes into `into`, as many as both hold, and returns how many.
+    #[inline]
+    pub fn copy_to(&self, into: &mut [u8]) -> usize {
+        let count = self.len.min(into.len());
+        // SAFETY: both sides hold `count` bytes. `into` is ours alone, so they do not overlap. The guest or the
+        // card may write the source meanwhile: then the copy holds some mix of bytes, and the copy is what
+        // callers check.
+        unsafe { ptr::copy_nonoverlapping(self.start.as_ptr(), into.as_mut_ptr(), count) };
+        count
+    }
+
+    /// Copies the first bytes of `from` here, as many as both hold, and returns how many.
+    #[inline]
+    pub fn copy_from(&self, from: &[u8]) -> usize {
+        let count = self.len.min(from.len());
+        // SAFETY: both sides hold `count` bytes, and `from` is a Rust slice, which is never part of a mapping.
+        // The guest may read or write the target meanwhile and then harms itself alone.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.start.as_ptr(), count) };
+        count
+    }
+
+    /// Copies the first bytes of another slice here, as many as both hold, and returns how many.
+    #[inline]
+    pub fn copy_from_slice(&self, from: HostSlice<'_>) -> usize {
+        let count = self.len.min(from.len);
+        // SAFETY: both sides hold `count` bytes of live mappings. A guest can make them overlap, so this is the
+        // overlapping copy.
+        unsafe { ptr::copy(from.start.as_ptr(), self.start.as_ptr(), count) };
+        count
+    }
+
+    /// The first byte, for the other modules here that hold raw views.
+    #[inline]
+    pub(super) fn as_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memfd(len: u64) -> File {
+        let file = File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(len).unwrap();
+        file
+    }
+
+    #[test]
+    fn two_ranges_of_one_file_show_the_same_bytes() {
+        let file = memfd(3 * 4096);
+        let odd = HostRange::of_file(&file, 4096 + 10, 100).unwrap();
+        let whole = HostRange::of_file(&file, 0, 3 * 4096).unwrap();
+        odd.whole().copy_from(b"seen through the other");
+        let mut seen = [0; 4];
+        whole.slice(4096 + 10, 4).unwrap().copy_to(&mut seen);
+        assert_eq!(&seen, b"seen");
+    }
+
+    #[test]
+    fn a_file_shorter_than_announced_is_refused_with_both_numbers() {
+        let error = HostRange::of_file(&memfd(4096), 0, 8192).unwrap_err();
+        assert!(matches!(
+            error,
+            FileError::TooShort {
+                end: 8192,
+                size: 4096
+            }
+        ));
+    }
+
+    #[test]
+    fn a_pipe_is_no_memory() {
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let error = HostRange::of_file(&File::from(reader), 0, 4096).unwrap_err();
+        assert!(matches!(error, FileError::NotAFile));
+    }
+
+    #[test]
+    fn a_slice_never_leaves_its_range() {
+        let range = HostRange::of_file(&memfd(4096), 0, 4096).unwrap();
+        assert!(range.slice(4000, 96).is_some());
+        assert!(range.slice(4000, 97).is_none());
+        assert!(range.slice(usize::MAX, 2).is_none());
+        assert!(range.whole().sub(10, usize::MAX).is_none());
+    }
+}

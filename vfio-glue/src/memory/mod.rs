@@ -1,0 +1,21 @@
+//! Guest memory as our CPU sees it, and memory of our own that a card may reach.
+//!
+//! ```text
+//! mapping.rs       a range of a file in this process; bytes copied in and out
+//! table.rs         one guest's view: guest-physical ──▶ IOVA and host bytes
+//! virtq_memory.rs  the three areas of a split virtqueue at raw-pointer cost
+//! dma_buffer.rs    memory of our own: descriptor rings and bounce slots
+//! ```
+
+mod dma_buffer;
+mod mapping;
+mod region;
+mod table;
+mod virtq_memory;
+
+pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
+pub use mapping::{FileError, HostRange, HostSlice, page_bytes};
+pub(crate) use region::RegionPiece;
+pub use region::{Region, RegionSpec};
+pub use table::{Piece, Table, TableHint};
+pub use virtq_memory::{RawDescriptor, UsedElement, VirtqMemory, VirtqMemoryError, read_indirect};

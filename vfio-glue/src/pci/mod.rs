@@ -1,0 +1,135 @@
+//! A PCI function held through VFIO: registers, configuration space, interrupts, reset.
+//!
+//! ```text
+//! driver (queues::nic) ──▶ dyn PciFunction ──▶ vfio.rs (kernel) | vfio_user.rs (another process)
+//! ```
+//!
+//! Every failure is an error value and nothing here panics, in `Drop` neither. A device that has gone away
+//! answers as the bus does: reads give all ones, writes vanish.
+//!
+//! Read with: PCI Express Base Specification §7; Linux `include/uapi/linux/vfio.h`.
+
+mod address;
+pub mod config_space;
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use address::{PciAddress, PciAddressError};
+
+/// Why an access to the function failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    /// Configuration space could not be read or written.
+    #[error("{device}: {access} of {len} bytes of configuration space at {offset:#x} failed")]
+    Config {
+        /// The function's name.
+        device: String,
+        /// `read` or `write`.
+        access: &'static str,
+        /// Byte offset.
+        offset: u16,
+        /// How many bytes.
+        len: usize,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A BAR is missing or cannot be mapped.
+    #[error("{device}: BAR {index} cannot be used: {reason}")]
+    Bar {
+        /// The function's name.
+        device: String,
+        /// Which BAR.
+        index: u8,
+        /// Why.
+        reason: String,
+    },
+    /// An interrupt vector could not be connected or disconnected.
+    #[error("{device}: MSI-X vector {vector} of {vectors} could not be set")]
+    Interrupt {
+        /// The function's name.
+        device: String,
+        /// The vector asked for.
+        vector: u16,
+        /// How many the function has.
+        vectors: u16,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The function cannot be reset.
+    #[error("{device}: reset failed")]
+    Reset {
+        /// The function's name.
+        device: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// A window of 32-bit little-endian registers: a BAR.
+///
+/// Offsets are in bytes and multiples of 4. An offset outside the window, or a device that has gone, reads as
+/// `0xffff_ffff`, and such a write is dropped: what the bus itself does.
+pub trait Registers: Send + Sync {
+    /// Reads one register. Waits for the device: a round trip on the bus.
+    fn read32(&self, offset: u32) -> u32;
+
+    /// Writes one register. Posted: it may land later; a read from the same device flushes it.
+    /// Everything stored to memory before this call is visible to the device when the write lands.
+    fn write32(&self, offset: u32, value: u32);
+
+    /// Size of the window in bytes.
+    fn len(&self) -> u32;
+
+    /// Whether the window has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One PCI function, open for as long as this lives.
+pub trait PciFunction: Send + Sync {
+    /// How logs and `stats` call it, for example `0000:01:00.0`.
+    fn name(&self) -> &str;
+
+    /// Fills `bytes` from configuration space.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::Config`]; `bytes` is unspecified then.
+    fn read_config(&self, offset: u16, bytes: &mut [u8]) -> Result<(), PciError>;
+
+    /// Writes `bytes` to configuration space.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::Config`].
+    fn write_config(&self, offset: u16, bytes: &[u8]) -> Result<(), PciError>;
+
+    /// The registers behind BAR `index`. The window stays valid while any clone of the `Arc` lives.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::Bar`] if there is no such memory BAR.
+    fn bar(&self, index: u8) -> Result<Arc<dyn Registers>, PciError>;
+
+    /// How many MSI-X vectors the function has.
+    fn vectors(&self) -> u16;
+
+    /// Connects one MSI-X vector to `event`, or disconnects it, leaving the others alone.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::Interrupt`].
+    fn set_vector(&self, vector: u16, event: Option<&EventFd>) -> Result<(), PciError>;
+
+    /// Resets the function (FLR). Blocks until it is done, some 100 ms. All registers are at their defaults
+    /// afterwards, DMA has ended, and Bus Master is as the reset left it.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::Reset`] if the function offers no reset or it failed.
+    fn reset(&self) -> Result<(), PciError>;
+}
