@@ -1,0 +1,143 @@
+//! Starting the processes a test needs, and knowing when they are ready.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::PATIENCE;
+use super::event::wait_readable;
+
+/// How often a starting process is looked at: the kernel has no event for "someone listens here now".
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// A child process that dies with this value. Its output is shown if the test fails.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    pidfd: OwnedFd,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`, with its output in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// If the program cannot be started.
+    pub fn start(name: &str, command: &mut Command, folder: &Path) -> io::Result<Self> {
+        let log = folder.join(format!("{name}.log"));
+        let output = File::create(&log)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()?;
+        let pid = i32::try_from(child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .expect("a child has a pid");
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            pidfd,
+            log,
+        })
+    }
+
+    /// Waits until some process listens on the UNIX socket `path`, without connecting to it.
+    ///
+    /// # Panics
+    ///
+    /// If this process ends first, or nobody listens within the bound.
+    pub fn wait_listening(&mut self, path: &Path) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_listening(path) {
+            // The pidfd becomes readable when the process ends, so an early death is seen at once.
+            if wait_readable(self.pidfd.as_fd(), LOOK_EVERY) {
+                panic!(
+                    "{} ended ({:?}) before it listened on {}",
+                    self.name,
+                    self.child.wait(),
+                    path.display()
+                );
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{} never listened on {}",
+                self.name,
+                path.display()
+            );
+        }
+    }
+
+    /// Whether the process still runs.
+    pub fn is_running(&self) -> bool {
+        !wait_readable(self.pidfd.as_fd(), Duration::ZERO)
+    }
+
+    /// Asks the process to end and waits until it has.
+    ///
+    /// # Panics
+    ///
+    /// If it does not.
+    pub fn terminate(&mut self) -> ExitStatus {
+        pidfd_send_signal(&self.pidfd, Signal::TERM).expect("our child can be signalled");
+        assert!(
+            wait_readable(self.pidfd.as_fd(), PATIENCE),
+            "{} ignores SIGTERM",
+            self.name
+        );
+        self.child.wait().expect("our child can be waited for")
+    }
+
+    /// Processor time used so far, in clock ticks.
+    ///
+    /// # Panics
+    ///
+    /// If the process has ended.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat =
+            std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a live process");
+        // Fields 14 and 15, counted after the name, which may hold spaces (proc(5)).
+        let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
+        after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse::<u64>().expect("a number"))
+            .sum()
+    }
+
+    /// What the process has printed so far.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- {} printed:\n{}---", self.name, self.output());
+        }
+    }
+}
+
+/// Reads /proc/net/unix, where a listening socket has the flag __SO_ACCEPTCON.
+fn is_listening(path: &Path) -> bool {
+    const ACCEPTS_CONNECTIONS: &str = "00010000";
+    let table = std::fs::read_to_string("/proc/net/unix").expect("procfs is mounted");
+    let path = path.to_str().expect("a plain path");
+    table.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some(ACCEPTS_CONNECTIONS) && fields.next_back() == Some(path)
+    })
+}
