@@ -10,7 +10,12 @@
 //!
 //! Read with: Linux `Documentation/userspace-api/iommufd.rst`, `Documentation/driver-api/vfio.rst`.
 
+mod choose;
+mod iommufd;
+mod node;
 pub mod software;
+mod type1;
+mod vfio_user;
 
 use std::fs::File;
 use std::io;
@@ -21,6 +26,11 @@ use std::sync::Arc;
 use crate::address::Iova;
 use crate::memory::HostRange;
 use crate::pci::{PciAddress, PciFunction};
+
+pub use choose::{Chosen, IommuChoice, MapBy, choose};
+pub use iommufd::Iommufd;
+pub use type1::Type1;
+pub use vfio_user::VfioUserIommu;
 
 /// Which back end programs the IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +199,60 @@ pub enum IommuError {
         address: PciAddress,
         /// The siblings that have another driver, with its name.
         siblings: String,
+    },
+    /// The group's siblings are VFIO's, but belong to another map or another process.
+    #[error(
+        "IOMMU group {group} of {address} is held elsewhere: devices of one group share one map, so {siblings} must be on the same one, in this process"
+    )]
+    GroupElsewhere {
+        /// The group's number.
+        group: u32,
+        /// The function asked for.
+        address: PciAddress,
+        /// The siblings bound to VFIO.
+        siblings: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The IOMMU does not keep devices from faking interrupts.
+    #[error(
+        "{call} on {address} was not permitted: the IOMMU does not isolate interrupts; switch interrupt remapping on          in firmware, or accept the risk with: echo 1 > {}", parameter.display()
+    )]
+    UnsafeInterrupts {
+        /// The kernel's name of the call.
+        call: &'static str,
+        /// The function.
+        address: PciAddress,
+        /// The kernel's switch.
+        parameter: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel could not pin or had no memory for its tables.
+    #[error(
+        "{call} on {object} failed: the limit on locked memory of this user is used up, perhaps by another process;          raise it (ulimit -l, LimitMEMLOCK=)"
+    )]
+    PinLimit {
+        /// The kernel's name of the call.
+        call: &'static str,
+        /// What it was called on.
+        object: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Memory was to be mapped by file, which this back end or kernel cannot do.
+    #[error("mapping by file is not possible: {reason}; use --map-by auto or address")]
+    MapByFile {
+        /// Why not.
+        reason: String,
+    },
+    /// Neither back end can be opened by this user.
+    #[error("no IOMMU back end can be used: {iommufd}; {type1}")]
+    NoneUsable {
+        /// Why iommufd cannot.
+        iommufd: String,
+        /// Why type1 cannot.
+        type1: String,
     },
     /// The device has no IOMMU group: the machine has no IOMMU, or it is switched off.
     #[error(

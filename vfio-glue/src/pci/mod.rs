@@ -11,11 +11,15 @@
 
 mod address;
 pub mod config_space;
+mod mmio;
+pub mod sysfs;
+pub(crate) mod vfio;
+pub(crate) mod vfio_user;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
 
 pub use address::{PciAddress, PciAddressError};
 
@@ -123,7 +127,7 @@ pub trait PciFunction: Send + Sync {
     /// # Errors
     ///
     /// [`PciError::Interrupt`].
-    fn set_vector(&self, vector: u16, event: Option<&EventFd>) -> Result<(), PciError>;
+    fn set_vector(&self, vector: u16, event: Option<BorrowedFd<'_>>) -> Result<(), PciError>;
 
     /// Resets the function (FLR). Blocks until it is done, some 100 ms. All registers are at their defaults
     /// afterwards, DMA has ended, and Bus Master is as the reset left it.

@@ -1,0 +1,275 @@
+//! The IOMMU through `/dev/iommu`: an address space that exists before any device does.
+//!
+//! ```text
+//! map ──IOAS_MAP_FILE | IOAS_MAP──▶ IOAS ◀──bind, attach── VFIO character node
+//! ```
+//!
+//! By file needs no mapping of ours and survives a change of process (TRAPS 49); by address is for kernels
+//! before 6.13 and for files that are neither memfd nor hugetlbfs (TRAPS 24). With no device attached nothing is
+//! pinned yet, so a pin can fail as late as at the first attach (TRAPS 48).
+//!
+//! Read with: Linux `Documentation/userspace-api/iommufd.rst`; `include/uapi/linux/iommufd.h`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::fstatfs;
+
+use super::{DeviceAddress, Iommu, IommuError, IommuKind, MapBy, MapRequest, MappedBy, node};
+use crate::address::Iova;
+use crate::pci::sysfs::{Found, Sysfs};
+use crate::pci::vfio::VfioFunction;
+use crate::pci::{PciAddress, PciFunction};
+use crate::sys;
+
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// One IOAS and the devices on it.
+pub struct Iommufd {
+    iommufd: File,
+    ioas: u32,
+    by: By,
+    sysfs: Sysfs,
+    devices: BTreeMap<PciAddress, Arc<File>>,
+    told: bool,
+}
+
+/// How memory is mapped, once the kernel has been asked what it can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// By file only.
+    File,
+    /// By file where the file is fit for it.
+    FileWherePossible,
+    /// By address only.
+    Address,
+}
+
+impl Iommufd {
+    /// Opens `/dev/iommu` and makes an empty address space. Needs no device.
+    ///
+    /// # Errors
+    ///
+    /// [`IommuError::Open`], [`IommuError::MapByFile`] if `map_by` asks for what this kernel has not, or
+    /// [`IommuError::Call`].
+    pub fn new(map_by: MapBy) -> Result<Self, IommuError> {
+        Self::with(map_by, Sysfs::default())
+    }
+
+    pub(super) fn with(map_by: MapBy, sysfs: Sysfs) -> Result<Self, IommuError> {
+        let path = sysfs.iommufd();
+        let iommufd = node::open(&path, node::IOMMUFD_ABSENT)?;
+        let ioas = sys::ioas_alloc(&iommufd).map_err(|source| IommuError::Call {
+            call: "IOMMU_IOAS_ALLOC",
+            object: path.display().to_string(),
+            source,
+        })?;
+        let by = match (map_by, sys::has_ioas_map_file(&iommufd, ioas)) {
+            (MapBy::File, true) => By::File,
+            (MapBy::Auto, true) => By::FileWherePossible,
+            (MapBy::File, false) => {
+                let reason = "this kernel has no IOMMU_IOAS_MAP_FILE (Linux 6.13)".to_owned();
+                return Err(IommuError::MapByFile { reason });
+            }
+            (MapBy::Auto, false) | (MapBy::Address, _) => By::Address,
+        };
+        Ok(Self {
+            iommufd,
+            ioas,
+            by,
+            sysfs,
+            devices: BTreeMap::new(),
+            told: false,
+        })
+    }
+
+    /// How memory will be mapped, and why, for the log.
+    pub(super) fn mapping_reason(&self, map_by: MapBy) -> &'static str {
+        match (self.by, map_by) {
+            (By::File | By::FileWherePossible, _) => "memory mapped by file",
+            (By::Address, MapBy::Address) => "memory mapped by address, as asked",
+            (By::Address, _) => {
+                "memory mapped by address: this kernel has no IOMMU_IOAS_MAP_FILE (Linux 6.13)"
+            }
+        }
+    }
+
+    fn map_file(&self, request: &MapRequest) -> Result<(), IommuError> {
+        let file = request.file.as_fd();
+        let (offset, len, iova) = (request.offset, request.len, request.iova);
+        sys::ioas_map_file(&self.iommufd, self.ioas, file, offset, len, iova)
+            .map_err(|source| map_error("IOMMU_IOAS_MAP_FILE", request, source))
+    }
+
+    fn map_address(&self, request: &MapRequest) -> Result<(), IommuError> {
+        sys::ioas_map(&self.iommufd, self.ioas, &request.host, request.iova)
+            .map_err(|source| map_error("IOMMU_IOAS_MAP", request, source))
+    }
+
+    fn open_device(&self, found: &Found) -> Result<Arc<File>, IommuError> {
+        let Some(path) = &found.cdev else {
+            return Err(IommuError::Open {
+                path: self.sysfs.no_cdev(found.address),
+                mend: node::CDEV_ABSENT.to_owned(),
+                source: io::ErrorKind::NotFound.into(),
+            });
+        };
+        let device = node::open(path, node::CDEV_ABSENT)?;
+        let refused = |call| {
+            move |source: io::Error| match source.raw_os_error() {
+                // The group has another owner, or the device is open (EINVAL for a second open by this way).
+                Some(libc::EBUSY | libc::EINVAL) => self.sysfs.explain_refusal(found, source),
+                Some(libc::EPERM) => IommuError::UnsafeInterrupts {
+                    call,
+                    address: found.address,
+                    parameter: "/sys/module/iommufd/parameters/allow_unsafe_interrupts".into(),
+                    source,
+                },
+                Some(libc::ENOMEM) => IommuError::PinLimit {
+                    call,
+                    object: found.address.to_string(),
+                    source,
+                },
+                _ => IommuError::Call {
+                    call,
+                    object: found.address.to_string(),
+                    source,
+                },
+            }
+        };
+        sys::bind_iommufd(&device, &self.iommufd).map_err(refused("VFIO_DEVICE_BIND_IOMMUFD"))?;
+        sys::attach_ioas(&device, self.ioas).map_err(refused("VFIO_DEVICE_ATTACH_IOMMUFD_PT"))?;
+        Ok(Arc::new(device))
+    }
+}
+
+/// Whether the file is one `memfd_pin_folios` takes: shared memory or hugetlbfs (TRAPS 24).
+///
+/// Asked here because without a device the kernel would find out only at the first attach.
+fn fit_for_map_file(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|fs| {
+        u64::try_from(fs.f_type).is_ok_and(|magic| matches!(magic, TMPFS_MAGIC | HUGETLBFS_MAGIC))
+    })
+}
+
+fn map_error(call: &'static str, request: &MapRequest, source: io::Error) -> IommuError {
+    IommuError::Map {
+        call,
+        iova: request.iova,
+        len: request.len,
+        source,
+    }
+}
+
+impl Iommu for Iommufd {
+    fn kind(&self) -> IommuKind {
+        IommuKind::Iommufd
+    }
+
+    fn usable_ranges(&self) -> Result<Option<Vec<RangeInclusive<u64>>>, IommuError> {
+        if self.devices.is_empty() {
+            // The kernel would say 0 to 2^64-1, which no hardware takes.
+            return Ok(None);
+        }
+        sys::ioas_iova_ranges(&self.iommufd, self.ioas)
+            .map(Some)
+            .map_err(|source| IommuError::Call {
+                call: "IOMMU_IOAS_IOVA_RANGES",
+                object: self.sysfs.iommufd().display().to_string(),
+                source,
+            })
+    }
+
+    fn map(&mut self, request: &MapRequest) -> Result<MappedBy, IommuError> {
+        let fit = self.by != By::Address && fit_for_map_file(&request.file);
+        match self.by {
+            By::File if !fit => Err(IommuError::MapByFile {
+                reason: "the memory is neither a memfd nor on hugetlbfs".to_owned(),
+            }),
+            By::File | By::FileWherePossible if fit => {
+                self.map_file(request)?;
+                Ok(MappedBy::File)
+            }
+            _ => {
+                if self.by == By::FileWherePossible && !std::mem::replace(&mut self.told, true) {
+                    tracing::info!("mapping by address: the memory is neither a memfd nor on hugetlbfs");
+                }
+                self.map_address(request)?;
+                Ok(MappedBy::Address)
+            }
+        }
+    }
+
+    fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), IommuError> {
+        let failed = |source| IommuError::Unmap {
+            call: "IOMMU_IOAS_UNMAP",
+            iova,
+            len,
+            source,
+        };
+        let unmapped = sys::ioas_unmap(&self.iommufd, self.ioas, iova, len).map_err(failed)?;
+        if unmapped == len {
+            Ok(())
+        } else {
+            Err(failed(io::Error::other(format!(
+                "only {unmapped:#x} bytes were unmapped"
+            ))))
+        }
+    }
+
+    fn attach(&mut self, device: &DeviceAddress) -> Result<Arc<dyn PciFunction>, IommuError> {
+        let DeviceAddress::Pci(address) = *device else {
+            return Err(IommuError::WrongKind {
+                iommu: self.kind().as_str(),
+                device: device.clone(),
+            });
+        };
+        let found = self.sysfs.find(address)?;
+        let file = self.open_device(&found)?;
+        let function =
+            VfioFunction::new(address.to_string(), Arc::clone(&file)).map_err(|(call, source)| {
+                IommuError::Call {
+                    call,
+                    object: address.to_string(),
+                    source,
+                }
+            })?;
+        self.devices.insert(address, file);
+        Ok(Arc::new(function))
+    }
+
+    fn detach(&mut self, device: &DeviceAddress) -> Result<(), IommuError> {
+        let DeviceAddress::Pci(address) = device else {
+            return Ok(());
+        };
+        let Some(file) = self.devices.remove(address) else {
+            return Ok(());
+        };
+        sys::detach_ioas(&file).map_err(|source| IommuError::Call {
+            call: "VFIO_DEVICE_DETACH_IOMMUFD_PT",
+            object: address.to_string(),
+            source,
+        })
+    }
+
+    fn pins_now(&self) -> bool {
+        !self.devices.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_memory_and_hugetlbfs_are_mapped_by_file() {
+        let memfd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(fit_for_map_file(&File::from(memfd)));
+        assert!(!fit_for_map_file(&File::open("/proc/self/maps").unwrap()));
+    }
+}
