@@ -1,0 +1,227 @@
+//! A lane: one virtqueue joined to one NIC queue, one direction. Exactly one worker owns it.
+//!
+//! ```text
+//! tx.rs   guest → wire        rx.rs   wire → guest
+//! bounce.rs  the private slots for what the card cannot reach in place
+//! stats.rs   what is counted
+//! ```
+//!
+//! A lane exists while its ring is started and enabled. Stopping it stops the card's queue first, so that when
+//! [`Lane::stop`] returns nothing of ours and nothing of the card's touches guest memory.
+
+mod bounce;
+mod rx;
+mod stats;
+mod tx;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use vfio_glue::map::MemoryMap;
+use vfio_glue::memory::Table;
+
+pub use rx::RxLane;
+pub use stats::{Bounce, Counter, Drop, LaneStats};
+pub use tx::TxLane;
+
+use crate::nic::NicError;
+use crate::virtq::{Virtq, VirtqError};
+
+/// What a lane is made from.
+#[derive(Debug)]
+pub struct LaneSetup {
+    /// For logs, for example `vm0 rx 0`.
+    pub name: String,
+    /// The guest's queue.
+    pub virtq: Virtq,
+    /// The guest's memory.
+    pub table: Arc<Table>,
+    /// Bytes of the header in front of each frame: 12, or 10 for a legacy driver.
+    pub header_len: u32,
+    /// The largest frame the port passes, in bytes without frame check sequence.
+    pub max_frame: u32,
+    /// Where the guest wakes us, if it does.
+    pub kick: Option<File>,
+    /// Where we wake the guest, if it wants that.
+    pub call: Option<File>,
+    /// Where we tell the front-end that the ring broke.
+    pub err: Option<File>,
+    /// The lane's counters; they outlive it.
+    pub stats: Arc<LaneStats>,
+    /// The map that the device is on, for private slots when they are first needed.
+    pub map: Arc<MemoryMap>,
+    /// Whether frames can leave at the start.
+    pub link_up: bool,
+}
+
+/// What a pass over a lane did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Nothing to do.
+    Idle,
+    /// Something moved.
+    Moved,
+    /// The lane is retired: its ring is broken or its card failed. It stays so until it is stopped.
+    Retired,
+}
+
+/// How a lane ended.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The first entry of the virtqueue that was not used: the base to resume from.
+    pub first_unused: u16,
+    /// An error means the card's queue did not stop: reset the device before anything else happens to memory.
+    pub card: Result<(), NicError>,
+}
+
+/// A lane as a worker drives it.
+pub trait Lane: Send {
+    /// For logs.
+    fn name(&self) -> &str;
+
+    /// Moves up to a burst of frames and completes what the card is done with. Never blocks.
+    fn poll(&mut self) -> Progress;
+
+    /// Asks guest and card to wake us. Returns whether there is work already: then do not sleep.
+    fn arm(&mut self) -> bool;
+
+    /// Back to polling.
+    fn disarm(&mut self);
+
+    /// The guest's kick, if it has one.
+    fn kick_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// The card's interrupt.
+    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Takes note of a readable kick descriptor.
+    fn take_kick(&mut self);
+
+    /// Takes note of a readable interrupt descriptor.
+    fn take_interrupt(&mut self);
+
+    /// Counts a sleep of the worker.
+    fn count_sleep(&mut self);
+
+    /// Replaces the descriptor that wakes the guest, and wakes it once: an earlier wake-up may be lost (TRAPS 38).
+    fn set_call(&mut self, call: Option<File>);
+
+    /// Replaces the descriptor that reports a broken ring.
+    fn set_err(&mut self, err: Option<File>);
+
+    /// Goes on with another view of the same guest's memory.
+    ///
+    /// `Restart` gives up and takes again whatever is with the card: for a table that lacks bytes of the old one.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError`] if the card's queue did not stop or start; the lane is retired then.
+    fn set_table(&mut self, table: Arc<Table>, keep: Posted) -> Result<(), NicError>;
+
+    /// The cable was plugged in or out.
+    ///
+    /// # Errors
+    ///
+    /// As [`set_table`](Self::set_table).
+    fn set_link(&mut self, up: bool) -> Result<(), NicError>;
+
+    /// Stops the card's queue, gives the guest what was completed, and ends the lane.
+    fn stop(self: Box<Self>) -> Stopped;
+}
+
+/// What happens to buffers that the card holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Posted {
+    /// All their bytes stay mapped: nothing.
+    Stay,
+    /// Some bytes go away: take them back from the card.
+    Restart,
+}
+
+/// The parts both directions share: the guest's end of the lane.
+#[derive(Debug)]
+struct GuestEnd {
+    name: String,
+    virtq: Virtq,
+    table: Arc<Table>,
+    header_len: u32,
+    kick: Option<File>,
+    call: Option<File>,
+    err: Option<File>,
+    stats: Arc<LaneStats>,
+    map: Arc<MemoryMap>,
+    retired: bool,
+}
+
+impl GuestEnd {
+    fn new(setup: LaneSetup) -> Self {
+        Self {
+            name: setup.name,
+            virtq: setup.virtq,
+            table: setup.table,
+            header_len: setup.header_len,
+            kick: setup.kick,
+            call: setup.call,
+            err: setup.err,
+            stats: setup.stats,
+            map: setup.map,
+            retired: false,
+        }
+    }
+
+    /// Publishes what was given back and wakes the guest if it wants that.
+    #[inline]
+    fn publish(&mut self) {
+        if self.virtq.publish() {
+            self.notify();
+        }
+    }
+
+    fn notify(&mut self) {
+        let Some(call) = &mut self.call else { return };
+        // A full counter (EAGAIN) is a wake-up that is still pending, so it is as good as sent. Any other failure
+        // is the front-end's own descriptor failing it.
+        if call.write(&1u64.to_ne_bytes()).is_ok() {
+            self.stats.notifications.add(1);
+        }
+    }
+
+    /// Retires the lane, says so once, and tells the front-end.
+    fn retire(&mut self, why: &dyn std::error::Error) {
+        if std::mem::replace(&mut self.retired, true) {
+            return;
+        }
+        self.stats.errors.add(1);
+        let cause = why.source().map(|source| format!(": {source}")).unwrap_or_default();
+        tracing::error!(lane = self.name, "retired: {why}{cause}");
+        if let Some(err) = &mut self.err {
+            // Nobody may be listening, and the log line stands.
+            let _ = err.write(&1u64.to_ne_bytes());
+        }
+    }
+
+    fn retire_broken(&mut self, why: &VirtqError) -> Progress {
+        self.retire(why);
+        Progress::Retired
+    }
+
+    fn take_kick(&mut self) {
+        let Some(kick) = &mut self.kick else { return };
+        // EAGAIN: the front-end drained it itself; the wake-up counts all the same.
+        if kick.read(&mut [0; 8]).is_ok() {
+            self.stats.kicks.add(1);
+        }
+    }
+
+    fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    fn set_call(&mut self, call: Option<File>) {
+        self.call = call;
+        self.virtq.force_notification();
+        self.publish();
+    }
+}

@@ -1,0 +1,477 @@
+//! Guest receive: the guest's buffers are posted to the card, and come back with a frame in them.
+//!
+//! ```text
+//! virtq.pop ──check room──▶ iova(buffer) + header ──post──▶ card writes ──harvest──▶ header ──▶ virtq.give
+//! ```
+//!
+//! A NIC descriptor carries no length: a buffer is posted in place only if its room is at least what the card
+//! could ever write. A shorter one, or one that is not contiguous for the card, gets a private slot and keeps its
+//! turn; a frame that does not fit it is dropped and its chain is given back empty, never skipped. The header is
+//! written by the CPU when the frame is there; the card has not touched those bytes.
+//!
+//! Read with: virtio 1.2 §5.1.6.3, §5.1.6.4; TRAPS 1, 3, 4, 43.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vfio_glue::address::{GuestAddress, Iova};
+use vfio_glue::memory::{HostSlice, Table, TableHint};
+
+use super::bounce::{SLOT_BYTES, Slot, Slots};
+use super::stats::{Bounce, Drop};
+use super::tx::is_memory;
+use super::{GuestEnd, Lane, LaneSetup, Posted, Progress, Stopped};
+use crate::net_header;
+use crate::nic::{Berth, NicError, Received, RxRing, Transfer, Verdict};
+use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
+
+/// Frames passed on in one pass.
+const BURST: usize = 32;
+
+/// A receive lane over one of a card's receive queues.
+#[derive(Debug)]
+pub struct RxLane<R: RxRing> {
+    guest: GuestEnd,
+    ring: Option<R>,
+    berth: Berth<R>,
+    chain: Chain,
+    hint: TableHint,
+    /// Chains with the card, oldest first, in the order of its ring.
+    posted: VecDeque<Buffers>,
+    slots: Slots,
+    /// Lists of buffers for reuse, so that odd chains cost no allocation either.
+    spare_lists: Vec<Vec<Buffer>>,
+    link_up: bool,
+}
+
+/// A chain with the card.
+#[derive(Debug)]
+struct Buffers {
+    head: u16,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// The frame lands in place; the header is here, in one piece.
+    InPlace { header: GuestAddress },
+    /// The frame lands in place, but the header is spread over these buffers.
+    InPlaceOddHeader { buffers: Vec<Buffer> },
+    /// The frame lands in a slot of ours and is copied into these buffers.
+    InSlot { slot: Slot, buffers: Vec<Buffer>, why: Bounce },
+}
+
+/// Where the card may put a frame.
+enum Target {
+    InPlace { iova: Iova, header: Option<GuestAddress> },
+    Slot { why: Bounce },
+}
+
+impl<R: RxRing> RxLane<R> {
+    /// Starts the card's queue and joins it to the guest's. The ring goes back to `berth` at the end.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError`] if the queue did not start; the ring is back in its berth then.
+    pub fn start(setup: LaneSetup, mut ring: R, berth: Berth<R>) -> Result<Self, NicError> {
+        if let Err(error) = ring.start() {
+            berth.put(ring);
+            return Err(error);
+        }
+        let size = setup.virtq.size();
+        let slots = u16::try_from(ring.room()).unwrap_or(u16::MAX).min(size);
+        Ok(Self {
+            slots: Slots::new(&setup.name, slots),
+            link_up: setup.link_up,
+            guest: GuestEnd::new(setup),
+            ring: Some(ring),
+            berth,
+            chain: Chain::with_room_for(size),
+            hint: TableHint::default(),
+            posted: VecDeque::with_capacity(size.into()),
+            spare_lists: Vec::new(),
+        })
+    }
+
+    /// Posts the guest's buffers while the card has room. Returns how many.
+    fn refill(&mut self) -> Result<usize, VirtqError> {
+        let mut posted = 0;
+        while self.ring.as_ref().is_some_and(|ring| ring.room() > 0) {
+            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else { break };
+            let target = self.aim().map_err(|source| VirtqError::Chain { head, source })?;
+            let Some((iova, kind)) = self.prepare(target) else {
+                // No memory for a slot: the chain keeps its turn and is tried again later.
+                self.guest.virtq.untake();
+                break;
+            };
+            if let Some(ring) = &mut self.ring {
+                ring.post(iova);
+            }
+            self.posted.push_back(Buffers { head, kind });
+            posted += 1;
+        }
+        Ok(posted)
+    }
+
+    /// Decides where the frame of the current chain may land. All of the chain is checked to be guest memory.
+    #[inline]
+    fn aim(&mut self) -> Result<Target, ChainError> {
+        if !self.chain.readable().is_empty() {
+            return Err(ChainError::Direction);
+        }
+        let header_len = self.guest.header_len;
+        let need = self.ring.as_ref().map_or(0, R::buffer_bytes);
+        // The usual chain: one buffer with header and frame, or a header buffer and a frame buffer.
+        if let [first, ..] = self.chain.writable()
+            && first.len > header_len
+            && let Some(piece) = self.guest.table.lookup(&mut self.hint, first.addr, header_len + need)
+            && first.len >= header_len + need
+            && piece.len() == (header_len + need) as usize
+        {
+            let iova = piece.iova.offset(u64::from(header_len));
+            let header = Some(first.addr);
+            self.check_rest(header_len + need)?;
+            return Ok(Target::InPlace { iova, header });
+        }
+        self.aim_odd(header_len, need)
+    }
+
+    /// The rest of the chain must be guest memory too, though no byte of it will be used.
+    #[inline]
+    fn check_rest(&mut self, first_checked: u32) -> Result<(), ChainError> {
+        for (index, buffer) in self.chain.writable().iter().enumerate() {
+            if index == 0 && buffer.len == first_checked {
+                continue;
+            }
+            if !is_memory(&self.guest.table, &mut self.hint, buffer.addr, buffer.len) {
+                return Err(ChainError::Memory { start: buffer.addr.0, len: buffer.len });
+            }
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn aim_odd(&mut self, header_len: u32, need: u32) -> Result<Target, ChainError> {
+        self.check_rest(0)?;
+        let total: u64 = self.chain.writable().iter().map(|buffer| u64::from(buffer.len)).sum();
+        if total < u64::from(header_len) {
+            return Err(ChainError::NoHeader { len: total, header: header_len });
+        }
+        // The frame starts after `header_len` bytes, wherever that is.
+        let mut skip = header_len;
+        let mut at = None;
+        for buffer in self.chain.writable() {
+            if skip < buffer.len {
+                at = Some((buffer.addr.0.wrapping_add(u64::from(skip)), buffer.len - skip));
+                break;
+            }
+            skip -= buffer.len;
+        }
+        let why = if total < u64::from(header_len) + u64::from(need) { Bounce::ShortBuffer } else { Bounce::SplitBuffer };
+        let Some((start, len)) = at.filter(|(_, len)| *len >= need) else {
+            return Ok(Target::Slot { why });
+        };
+        match self.guest.table.lookup(&mut self.hint, GuestAddress(start), len.min(need)) {
+            Some(piece) if piece.len() == need as usize => {
+                let first = self.chain.writable().first();
+                let header = first.filter(|first| first.len >= header_len).map(|first| first.addr);
+                Ok(Target::InPlace { iova: piece.iova, header })
+            }
+            _ => Ok(Target::Slot { why: Bounce::SplitBuffer }),
+        }
+    }
+
+    #[inline]
+    fn prepare(&mut self, target: Target) -> Option<(Iova, Kind)> {
+        match target {
+            Target::InPlace { iova, header: Some(header) } => Some((iova, Kind::InPlace { header })),
+            Target::InPlace { iova, header: None } => {
+                let buffers = self.list_of_chain();
+                Some((iova, Kind::InPlaceOddHeader { buffers }))
+            }
+            Target::Slot { why } => {
+                let slot = match self.slots.take(&self.guest.map) {
+                    Ok(slot) => slot?,
+                    Err(error) => {
+                        tracing::warn!(lane = self.guest.name, %error, "no bounce memory, receive buffers wait");
+                        return None;
+                    }
+                };
+                let buffers = self.list_of_chain();
+                Some((slot.iova, Kind::InSlot { slot, buffers, why }))
+            }
+        }
+    }
+
+    fn list_of_chain(&mut self) -> Vec<Buffer> {
+        let mut list = self.spare_lists.pop().unwrap_or_default();
+        list.clear();
+        list.extend_from_slice(self.chain.writable());
+        list
+    }
+
+    /// Passes on what the card has received, up to `most` frames. Returns how many chains were given back.
+    fn deliver(&mut self, most: usize) -> usize {
+        for given in 0..most {
+            let Some(received) = self.ring.as_mut().and_then(RxRing::harvest) else { return given };
+            let Some(Buffers { head, kind }) = self.posted.pop_front() else { return given };
+            let used = self.finish(kind, received);
+            self.guest.virtq.give(head, used);
+        }
+        most
+    }
+
+    /// Writes the header, copies if need be, and returns the used length: 0 for a frame that is lost.
+    #[inline]
+    fn finish(&mut self, kind: Kind, received: Received) -> u32 {
+        let header_len = self.guest.header_len;
+        // What the card reports is not believed either: more than it was given room for is no frame.
+        let fits = self.ring.as_ref().is_some_and(|ring| received.len <= ring.buffer_bytes());
+        let good = received.verdict == Verdict::Good && fits;
+        if !good {
+            self.guest.stats.drop_frame(Drop::Damaged);
+        }
+        let used = if good { header_len + received.len } else { 0 };
+        match kind {
+            Kind::InPlace { header } => {
+                if good && !self.write_header(header) {
+                    return 0;
+                }
+                if good {
+                    self.count_in_place(received.len);
+                }
+                used
+            }
+            Kind::InPlaceOddHeader { buffers } => {
+                if good {
+                    self.scatter(&buffers, 0, net_header::received(header_len));
+                    self.count_in_place(received.len);
+                }
+                self.spare_lists.push(buffers);
+                used
+            }
+            Kind::InSlot { slot, buffers, why } => {
+                let used = if good { self.copy_out(&slot, &buffers, received.len, why) } else { 0 };
+                self.slots.put_back(&slot);
+                self.spare_lists.push(buffers);
+                used
+            }
+        }
+    }
+
+    #[inline]
+    fn write_header(&mut self, header: GuestAddress) -> bool {
+        let header_len = self.guest.header_len;
+        // In one piece when it was posted; a table that no longer has it in one piece took the buffer back first.
+        match self.guest.table.lookup(&mut self.hint, header, header_len) {
+            Some(piece) if piece.len() == header_len as usize => {
+                net_header::write_received(piece.host);
+                true
+            }
+            _ => {
+                self.guest.stats.drop_frame(Drop::NoRoom);
+                false
+            }
+        }
+    }
+
+    #[inline]
+    fn count_in_place(&self, len: u32) {
+        let stats = &self.guest.stats;
+        stats.moved(len);
+        match self.ring.as_ref().map(R::transfer) {
+            Some(Transfer::Copy) => stats.bounce(Bounce::CopyDevice, len),
+            _ => stats.zero_copy_frames.add(1),
+        }
+    }
+
+    /// Copies a frame from its slot into the guest's buffers, header first. Returns the used length.
+    fn copy_out(&mut self, slot: &Slot, buffers: &[Buffer], len: u32, why: Bounce) -> u32 {
+        let header_len = self.guest.header_len;
+        let room: u64 = buffers.iter().map(|buffer| u64::from(buffer.len)).sum();
+        if room < u64::from(header_len) + u64::from(len) {
+            self.guest.stats.drop_frame(Drop::NoRoom);
+            return 0;
+        }
+        // Our own copy: what the card wrote is moved once, from a place the guest cannot reach.
+        let mut frame = [0; SLOT_BYTES as usize];
+        let Some(bytes) = self.slots.bytes(slot).and_then(|bytes| bytes.sub(0, len as usize)) else { return 0 };
+        bytes.copy_to(&mut frame);
+        self.scatter(buffers, 0, net_header::received(header_len));
+        self.scatter(buffers, header_len, frame.get(..len as usize).unwrap_or_default());
+        self.guest.stats.moved(len);
+        self.guest.stats.bounce(why, len);
+        header_len + len
+    }
+
+    /// Copies `bytes` into the buffers, starting `skip` bytes in.
+    fn scatter(&self, buffers: &[Buffer], skip: u32, bytes: &[u8]) {
+        let mut hint = self.hint;
+        let mut skip = skip;
+        let mut left = bytes;
+        for buffer in buffers {
+            let skipped = skip.min(buffer.len);
+            skip -= skipped;
+            let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
+            let mut rest = buffer.len - skipped;
+            while rest > 0 && !left.is_empty() {
+                let want = rest.min(u32::try_from(left.len()).unwrap_or(u32::MAX));
+                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), want) else { return };
+                let host: HostSlice<'_> = piece.host;
+                let copied = host.copy_from(left);
+                left = left.get(copied..).unwrap_or_default();
+                let copied = u32::try_from(copied).unwrap_or(rest);
+                at = at.wrapping_add(u64::from(copied));
+                rest -= copied;
+            }
+        }
+    }
+
+    /// Stops the card's queue, passes on what it completed, takes the rest back.
+    fn quiesce(&mut self) -> Result<(), NicError> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let card = ring.stop();
+        self.deliver(usize::from(u16::MAX));
+        if let Some(ring) = &mut self.ring {
+            ring.clear();
+        }
+        for buffers in std::mem::take(&mut self.posted) {
+            match buffers.kind {
+                Kind::InPlace { .. } => {}
+                Kind::InPlaceOddHeader { buffers } => self.spare_lists.push(buffers),
+                Kind::InSlot { slot, buffers, .. } => {
+                    self.slots.put_back(&slot);
+                    self.spare_lists.push(buffers);
+                }
+            }
+        }
+        self.guest.virtq.rewind();
+        card
+    }
+
+    fn retire_on_error(&mut self, result: Result<(), NicError>) -> Result<(), NicError> {
+        if let Err(error) = &result {
+            self.guest.retire(error);
+        }
+        result
+    }
+}
+
+impl<R: RxRing> Lane for RxLane<R> {
+    fn name(&self) -> &str {
+        &self.guest.name
+    }
+
+    fn poll(&mut self) -> Progress {
+        if self.guest.retired {
+            return Progress::Retired;
+        }
+        let given = self.deliver(BURST);
+        let posted = self.refill();
+        if let Some(ring) = &mut self.ring {
+            ring.flush();
+        }
+        if given > 0 {
+            self.guest.publish();
+            self.guest.stats.bursts.add(1);
+        }
+        match posted {
+            Err(error) => self.guest.retire_broken(&error),
+            Ok(posted) if given + posted > 0 => Progress::Moved,
+            Ok(_) => Progress::Idle,
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        if self.guest.retired {
+            return false;
+        }
+        // Kicks matter only while the card has room for more buffers (TRAPS 44).
+        let hungry = self.ring.as_ref().is_some_and(|ring| ring.room() > 0);
+        if hungry {
+            match self.guest.virtq.ask_for_kicks() {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(error) => {
+                    self.guest.retire_broken(&error);
+                    return false;
+                }
+            }
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.arm();
+        }
+        let given = self.deliver(BURST);
+        if given > 0 {
+            self.guest.publish();
+        }
+        given > 0
+    }
+
+    fn disarm(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.disarm();
+        }
+        self.guest.virtq.refuse_kicks();
+    }
+
+    fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.guest.kick_fd()
+    }
+
+    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.ring.as_ref().map(R::wake_fd)
+    }
+
+    fn take_kick(&mut self) {
+        self.guest.take_kick();
+    }
+
+    fn take_interrupt(&mut self) {
+        let count = self.ring.as_mut().map_or(0, R::acknowledge);
+        self.guest.stats.interrupts.add(count);
+    }
+
+    fn count_sleep(&mut self) {
+        self.guest.stats.sleeps.add(1);
+    }
+
+    fn set_call(&mut self, call: Option<File>) {
+        self.guest.set_call(call);
+    }
+
+    fn set_err(&mut self, err: Option<File>) {
+        self.guest.err = err;
+    }
+
+    fn set_table(&mut self, table: Arc<Table>, posted: Posted) -> Result<(), NicError> {
+        let mut result = Ok(());
+        if posted == Posted::Restart && !self.guest.retired {
+            result = self.quiesce();
+            self.guest.publish();
+        }
+        self.guest.table = table;
+        self.hint = TableHint::default();
+        if posted == Posted::Restart && result.is_ok() && !self.guest.retired {
+            result = self.ring.as_mut().map_or(Ok(()), R::start);
+        }
+        self.retire_on_error(result)
+    }
+
+    fn set_link(&mut self, up: bool) -> Result<(), NicError> {
+        // Buffers stay with the card: without a link nothing arrives.
+        self.link_up = up;
+        Ok(())
+    }
+
+    fn stop(mut self: Box<Self>) -> Stopped {
+        let card = self.quiesce();
+        self.guest.publish();
+        if let Some(ring) = self.ring.take() {
+            self.berth.put(ring);
+        }
+        Stopped { first_unused: self.guest.virtq.first_unused(), card }
+    }
+}

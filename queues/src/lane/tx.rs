@@ -1,0 +1,463 @@
+//! Guest transmit: chains from the guest become descriptors in the NIC's ring.
+//!
+//! ```text
+//! virtq.pop ──translate──▶ segments ──post──▶ ring ──doorbell──▶ card ──reap──▶ virtq.give
+//! ```
+//!
+//! Payload bytes stay in guest memory and are never written. Only frames the card cannot take in place go through
+//! a private slot, and say why. Backpressure is a full ring: chains stay in the virtqueue. A chain is given back
+//! when the card is done with it (TRAPS 10), in the order it was taken, dropped frames included.
+//!
+//! Read with: virtio 1.2 §5.1.6.2; the card's chapter on transmit descriptors.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vfio_glue::address::GuestAddress;
+use vfio_glue::memory::{Table, TableHint};
+
+use super::bounce::{SLOT_BYTES, Slot, Slots};
+use super::stats::{Bounce, Drop};
+use super::{GuestEnd, Lane, LaneSetup, Posted, Progress, Stopped};
+use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
+use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
+
+/// Frames taken in one pass.
+const BURST: usize = 32;
+/// Below this a frame has no Ethernet header.
+const RUNT: u32 = 14;
+/// Below this a card may refuse a frame, or pad it with bytes of whatever follows (`hardware` notes, 82576).
+const PADDED: u32 = 17;
+/// What a padded frame is padded to.
+const PADDED_TO: u32 = 60;
+const SLOTS: u16 = 64;
+
+/// A transmit lane over one of a card's transmit queues.
+#[derive(Debug)]
+pub struct TxLane<R: TxRing> {
+    guest: GuestEnd,
+    ring: Option<R>,
+    berth: Berth<R>,
+    chain: Chain,
+    hint: TableHint,
+    segments: Vec<Segment>,
+    taken: VecDeque<Taken>,
+    slots: Slots,
+    max_frame: u32,
+    link_up: bool,
+}
+
+/// A chain taken and not given back.
+#[derive(Debug)]
+struct Taken {
+    head: u16,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// With the card, in the guest's memory.
+    InPlace,
+    /// With the card, in a slot of ours.
+    InSlot(Slot),
+    /// Not with the card: it is given back when its turn comes.
+    Dropped,
+}
+
+/// What a chain turned out to be.
+enum Frame {
+    /// `self.segments` holds it.
+    InPlace { len: u32 },
+    /// It must be copied.
+    Copy { len: u32, why: Bounce },
+    /// It is lost.
+    Lost(Drop),
+}
+
+impl<R: TxRing> TxLane<R> {
+    /// Starts the card's queue and joins it to the guest's. The ring goes back to `berth` at the end.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError`] if the queue did not start; the ring is back in its berth then.
+    pub fn start(setup: LaneSetup, mut ring: R, berth: Berth<R>) -> Result<Self, NicError> {
+        if setup.link_up
+            && let Err(error) = ring.start()
+        {
+            berth.put(ring);
+            return Err(error);
+        }
+        let size = setup.virtq.size();
+        Ok(Self {
+            slots: Slots::new(&setup.name, SLOTS),
+            max_frame: setup.max_frame,
+            link_up: setup.link_up,
+            guest: GuestEnd::new(setup),
+            ring: Some(ring),
+            berth,
+            chain: Chain::with_room_for(size),
+            hint: TableHint::default(),
+            segments: Vec::with_capacity(R::MAX_SEGMENTS),
+            taken: VecDeque::with_capacity(size.into()),
+        })
+    }
+
+    /// Gives back what the card is done with. Returns how many chains.
+    fn complete(&mut self) -> usize {
+        let mut done = self.ring.as_mut().map_or(0, TxRing::reap);
+        let mut given = 0;
+        while let Some(oldest) = self.taken.front() {
+            match oldest.state {
+                State::Dropped => {}
+                _ if done == 0 => break,
+                _ => done -= 1,
+            }
+            let Some(oldest) = self.taken.pop_front() else { break };
+            if let State::InSlot(slot) = &oldest.state {
+                self.slots.put_back(slot);
+            }
+            self.guest.virtq.give(oldest.head, 0);
+            given += 1;
+        }
+        given
+    }
+
+    /// Takes up to a burst of chains and posts them. Returns how many.
+    fn take(&mut self) -> Result<usize, VirtqError> {
+        for taken in 0..BURST {
+            // Reserved before it is taken: a chain we pop always has somewhere to go.
+            let Some(ring) = &self.ring else { return Ok(taken) };
+            if ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame) {
+                return Ok(taken);
+            }
+            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else {
+                return Ok(taken);
+            };
+            let broken = |source| VirtqError::Chain { head, source };
+            let frame = self.translate().map_err(broken)?;
+            let state = match frame {
+                Frame::Lost(why) => {
+                    self.guest.stats.drop_frame(why);
+                    State::Dropped
+                }
+                Frame::InPlace { len } => {
+                    self.post_in_place(len);
+                    State::InPlace
+                }
+                Frame::Copy { len, why } => self.post_copy(len, why),
+            };
+            self.taken.push_back(Taken { head, state });
+        }
+        Ok(BURST)
+    }
+
+    /// Turns the chain into segments, all of them checked to be guest memory.
+    #[inline]
+    fn translate(&mut self) -> Result<Frame, ChainError> {
+        self.segments.clear();
+        if !self.chain.writable().is_empty() {
+            return Err(ChainError::Direction);
+        }
+        let mut skip = self.guest.header_len;
+        let mut len: u32 = 0;
+        let mut fits = true;
+        for buffer in self.chain.readable() {
+            let skipped = skip.min(buffer.len);
+            skip -= skipped;
+            let mut rest = buffer.len - skipped;
+            let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
+            // Even bytes that are not sent must be guest memory: else the chain is broken, not the frame.
+            if skipped > 0 && !is_memory(&self.guest.table, &mut self.hint, buffer.addr, skipped) {
+                return Err(outside(buffer));
+            }
+            len = len.saturating_add(rest);
+            while rest > 0 {
+                let piece = self.guest.table.lookup(&mut self.hint, GuestAddress(at), rest).ok_or(outside(buffer))?;
+                let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
+                if self.segments.len() < R::MAX_SEGMENTS {
+                    self.segments.push(Segment { iova: piece.iova, len: piece_len });
+                } else {
+                    fits = false;
+                }
+                rest -= piece_len;
+                at = at.wrapping_add(u64::from(piece_len));
+            }
+        }
+        if skip > 0 {
+            let header = self.guest.header_len;
+            return Err(ChainError::NoHeader { len: u64::from(header - skip), header });
+        }
+        Ok(match len {
+            _ if !self.link_up => Frame::Lost(Drop::LinkDown),
+            0..RUNT => Frame::Lost(Drop::Runt),
+            RUNT..PADDED => Frame::Copy { len, why: Bounce::ShortFrame },
+            _ if len > self.max_frame => Frame::Lost(Drop::Oversize),
+            _ if !fits => Frame::Copy { len, why: Bounce::ManySegments },
+            _ => Frame::InPlace { len },
+        })
+    }
+
+    #[inline]
+    fn post_in_place(&mut self, len: u32) {
+        let Some(ring) = &mut self.ring else { return };
+        ring.post(&self.segments);
+        let stats = &self.guest.stats;
+        stats.moved(len);
+        match ring.transfer() {
+            Transfer::Dma => stats.zero_copy_frames.add(1),
+            Transfer::Copy => stats.bounce(Bounce::CopyDevice, len),
+        }
+    }
+
+    /// Copies a frame into a slot of ours and posts that. Without a free slot the frame is lost, as on a card
+    /// whose buffer is full.
+    fn post_copy(&mut self, len: u32, why: Bounce) -> State {
+        let slot = match self.slots.take(&self.guest.map) {
+            Ok(Some(slot)) if len <= SLOT_BYTES => slot,
+            Ok(slot) => {
+                if let Some(slot) = slot {
+                    self.slots.put_back(&slot);
+                }
+                self.guest.stats.drop_frame(Drop::NoRoom);
+                return State::Dropped;
+            }
+            Err(error) => {
+                tracing::warn!(lane = self.guest.name, %error, "no bounce memory, a frame is dropped");
+                self.guest.stats.drop_frame(Drop::NoRoom);
+                return State::Dropped;
+            }
+        };
+        let sent = len.max(PADDED_TO.min(self.max_frame));
+        if let Some(bytes) = self.slots.bytes(&slot) {
+            let copied = self.gather(&bytes);
+            if let Some(padding) = bytes.sub(copied, sent as usize - copied.min(sent as usize)) {
+                padding.copy_from(&[0; PADDED_TO as usize]);
+            }
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.post(&[Segment { iova: slot.iova, len: sent }]);
+        }
+        self.guest.stats.moved(len);
+        self.guest.stats.bounce(why, len);
+        State::InSlot(slot)
+    }
+
+    /// Copies the frame of the current chain into `into` and returns how many bytes.
+    fn gather(&self, into: &vfio_glue::memory::HostSlice<'_>) -> usize {
+        let mut hint = self.hint;
+        let mut skip = self.guest.header_len;
+        let mut copied = 0;
+        for buffer in self.chain.readable() {
+            let skipped = skip.min(buffer.len);
+            skip -= skipped;
+            let mut rest = buffer.len - skipped;
+            let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
+            while rest > 0 {
+                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), rest) else { return copied };
+                let Some(target) = into.sub(copied, into.len() - copied) else { return copied };
+                copied += target.copy_from_slice(piece.host);
+                let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
+                rest -= piece_len;
+                at = at.wrapping_add(u64::from(piece_len));
+            }
+        }
+        copied
+    }
+
+    /// Stops the card's queue, gives back what it completed, and forgets the rest of what it held.
+    fn quiesce(&mut self) -> Result<(), NicError> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let card = ring.stop();
+        self.complete();
+        if let Some(ring) = &mut self.ring {
+            ring.clear();
+        }
+        card
+    }
+
+    /// Puts everything that is still taken back into the virtqueue.
+    fn rewind(&mut self) {
+        for taken in self.taken.drain(..) {
+            if let State::InSlot(slot) = &taken.state {
+                self.slots.put_back(slot);
+            }
+        }
+        self.guest.virtq.rewind();
+    }
+
+    /// Gives everything that is still taken back as lost.
+    fn discard(&mut self, why: Drop) {
+        while let Some(oldest) = self.taken.pop_front() {
+            match &oldest.state {
+                State::Dropped => {}
+                State::InPlace => self.guest.stats.drop_frame(why),
+                State::InSlot(slot) => {
+                    self.slots.put_back(slot);
+                    self.guest.stats.drop_frame(why);
+                }
+            }
+            self.guest.virtq.give(oldest.head, 0);
+        }
+    }
+
+    fn retire_on_error(&mut self, result: Result<(), NicError>) -> Result<(), NicError> {
+        if let Err(error) = &result {
+            self.guest.retire(error);
+        }
+        result
+    }
+}
+
+fn outside(buffer: &Buffer) -> ChainError {
+    ChainError::Memory { start: buffer.addr.0, len: buffer.len }
+}
+
+/// Whether `len` bytes at `start` are all guest memory.
+#[inline]
+pub(super) fn is_memory(table: &Table, hint: &mut TableHint, start: GuestAddress, len: u32) -> bool {
+    let mut at = start.0;
+    let mut rest = len;
+    while rest > 0 {
+        let Some(piece) = table.lookup(hint, GuestAddress(at), rest) else { return false };
+        let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
+        rest -= piece_len;
+        at = at.wrapping_add(u64::from(piece_len));
+    }
+    true
+}
+
+impl<R: TxRing> Lane for TxLane<R> {
+    fn name(&self) -> &str {
+        &self.guest.name
+    }
+
+    fn poll(&mut self) -> Progress {
+        if self.guest.retired {
+            return Progress::Retired;
+        }
+        let mut given = self.complete();
+        let taken = self.take();
+        if let Some(ring) = &mut self.ring {
+            ring.flush();
+        }
+        // A dropped frame, and one a copying device has sent already, need no second pass.
+        given += self.complete();
+        if given > 0 {
+            self.guest.publish();
+        }
+        match taken {
+            Err(error) => self.guest.retire_broken(&error),
+            Ok(taken) if taken + given > 0 => {
+                self.guest.stats.bursts.add(1);
+                Progress::Moved
+            }
+            Ok(_) => Progress::Idle,
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        if self.guest.retired {
+            return false;
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.arm();
+        }
+        let more = match self.guest.virtq.ask_for_kicks() {
+            Ok(more) => more,
+            Err(error) => {
+                self.guest.retire_broken(&error);
+                return false;
+            }
+        };
+        let given = self.complete();
+        if given > 0 {
+            self.guest.publish();
+        }
+        let full = self.ring.as_ref().is_some_and(|ring| {
+            ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame)
+        });
+        // With a full ring only the card's interrupt helps; what waits in the virtqueue must not keep us awake.
+        given > 0 || (more && !full)
+    }
+
+    fn disarm(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.disarm();
+        }
+        self.guest.virtq.refuse_kicks();
+    }
+
+    fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.guest.kick_fd()
+    }
+
+    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.ring.as_ref().map(R::wake_fd)
+    }
+
+    fn take_kick(&mut self) {
+        self.guest.take_kick();
+    }
+
+    fn take_interrupt(&mut self) {
+        let count = self.ring.as_mut().map_or(0, R::acknowledge);
+        self.guest.stats.interrupts.add(count);
+    }
+
+    fn count_sleep(&mut self) {
+        self.guest.stats.sleeps.add(1);
+    }
+
+    fn set_call(&mut self, call: Option<File>) {
+        self.guest.set_call(call);
+    }
+
+    fn set_err(&mut self, err: Option<File>) {
+        self.guest.err = err;
+    }
+
+    fn set_table(&mut self, table: Arc<Table>, posted: Posted) -> Result<(), NicError> {
+        let mut result = Ok(());
+        if posted == Posted::Restart && !self.guest.retired {
+            result = self.quiesce();
+            self.rewind();
+            self.guest.publish();
+        }
+        self.guest.table = table;
+        self.hint = TableHint::default();
+        if posted == Posted::Restart && self.link_up && result.is_ok() && !self.guest.retired {
+            result = self.ring.as_mut().map_or(Ok(()), R::start);
+        }
+        self.retire_on_error(result)
+    }
+
+    fn set_link(&mut self, up: bool) -> Result<(), NicError> {
+        if self.link_up == up || self.guest.retired {
+            return Ok(());
+        }
+        self.link_up = up;
+        let result = if up {
+            self.ring.as_mut().map_or(Ok(()), R::start)
+        } else {
+            // A card without a link never finishes what it was given (TRAPS 10).
+            let stopped = self.quiesce();
+            self.discard(Drop::LinkDown);
+            self.guest.publish();
+            stopped
+        };
+        self.retire_on_error(result)
+    }
+
+    fn stop(mut self: Box<Self>) -> Stopped {
+        let card = if self.link_up { self.quiesce() } else { Ok(()) };
+        self.complete();
+        self.rewind();
+        self.guest.publish();
+        if let Some(ring) = self.ring.take() {
+            self.berth.put(ring);
+        }
+        Stopped { first_unused: self.guest.virtq.first_unused(), card }
+    }
+}

@@ -1,0 +1,193 @@
+//! One descriptor chain, read once and checked: direct or indirect, readable before writable, no loop.
+//!
+//! What comes out is our own copy; the guest may rewrite its descriptors right after and changes nothing. Whether
+//! the addresses lie in guest memory is checked where they are translated.
+//!
+//! Read with: virtio 1.2 §2.7.5 and §2.7.5.3; TRAPS 40.
+
+use vfio_glue::address::GuestAddress;
+use vfio_glue::memory::{RawDescriptor, Table, TableHint, VirtqMemory, read_indirect};
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const DESCRIPTOR_BYTES: u32 = 16;
+
+/// What is wrong with a chain.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// More descriptors than the queue has entries.
+    #[error("it has more than {size} descriptors, so it loops")]
+    TooLong {
+        /// Entries in the queue.
+        size: u16,
+    },
+    /// A link leaves the table.
+    #[error("descriptor {next} is linked, but the table has {size}")]
+    Next {
+        /// The index linked to.
+        next: u16,
+        /// Entries in that table.
+        size: u16,
+    },
+    /// A readable buffer after a writable one.
+    #[error("a device-readable buffer follows a device-writable one")]
+    Order,
+    /// An indirect table inside an indirect table, or with NEXT set.
+    #[error("an indirect table is itself indirect, or is not the last descriptor")]
+    Indirect,
+    /// An indirect table whose length is 0, no multiple of 16, or more than the queue's.
+    #[error("an indirect table of {len} bytes")]
+    IndirectLen {
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// An indirect table that is not in guest memory, or not in one piece of it.
+    #[error("the indirect table at {start:#x} ({len} bytes) is not in guest memory")]
+    IndirectMemory {
+        /// Its guest-physical address.
+        start: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// A buffer that is not in guest memory.
+    #[error("the buffer at {start:#x} ({len} bytes) is not in guest memory")]
+    Memory {
+        /// Its guest-physical address.
+        start: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// A transmit chain with buffers for the device to write, or a receive chain with some to read.
+    #[error("a buffer is for the wrong direction")]
+    Direction,
+    /// Too short for the header every frame carries.
+    #[error("its {len} bytes do not hold the {header} bytes of the header")]
+    NoHeader {
+        /// Bytes in the chain.
+        len: u64,
+        /// Bytes of the header.
+        header: u32,
+    },
+}
+
+/// One buffer of a chain: our copy of what the guest wrote. The address is not checked yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Guest-physical address.
+    pub addr: GuestAddress,
+    /// Length in bytes, not 0.
+    pub len: u32,
+}
+
+/// The buffers of one chain in order. Reused from chain to chain, so reading one allocates nothing.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// Readable buffers, then writable ones; empty ones are left out.
+    buffers: Vec<Buffer>,
+    readable: usize,
+    hint: TableHint,
+}
+
+impl Chain {
+    /// A chain with room for the longest one a queue of `size` can hold.
+    pub fn with_room_for(size: u16) -> Self {
+        Self { buffers: Vec::with_capacity(size.into()), readable: 0, hint: TableHint::default() }
+    }
+
+    /// Buffers the device may only read.
+    #[inline]
+    pub fn readable(&self) -> &[Buffer] {
+        self.buffers.get(..self.readable).unwrap_or_default()
+    }
+
+    /// Buffers the device may only write.
+    #[inline]
+    pub fn writable(&self) -> &[Buffer] {
+        self.buffers.get(self.readable..).unwrap_or_default()
+    }
+
+    /// Reads the chain at `head`, which the caller has checked to be below the queue's size.
+    #[inline]
+    pub(super) fn read(&mut self, memory: &VirtqMemory, table: &Table, head: u16) -> Result<(), ChainError> {
+        let size = memory.size();
+        self.buffers.clear();
+        self.readable = 0;
+        let mut descriptor = memory.descriptor(head);
+        let mut seen: u16 = 1;
+        loop {
+            if descriptor.flags & INDIRECT != 0 {
+                return self.read_indirect(table, descriptor, size - seen + 1);
+            }
+            self.push(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            if seen == size {
+                return Err(ChainError::TooLong { size });
+            }
+            seen += 1;
+            let next = descriptor.next;
+            if next >= size {
+                return Err(ChainError::Next { next, size });
+            }
+            descriptor = memory.descriptor(next);
+        }
+    }
+
+    fn read_indirect(&mut self, table: &Table, at: RawDescriptor, most: u16) -> Result<(), ChainError> {
+        if at.flags & NEXT != 0 {
+            return Err(ChainError::Indirect);
+        }
+        let count = u16::try_from(at.len / DESCRIPTOR_BYTES).ok().filter(|count| *count > 0);
+        let Some(count) = count.filter(|_| at.len % DESCRIPTOR_BYTES == 0) else {
+            return Err(ChainError::IndirectLen { len: at.len });
+        };
+        let outside = ChainError::IndirectMemory { start: at.addr, len: at.len };
+        let start = GuestAddress(at.addr);
+        let across_extents;
+        let entries = match table.lookup(&mut self.hint, start, at.len) {
+            Some(piece) if piece.len() == at.len as usize => piece.host,
+            _ => match table.host_range(start, at.len as usize) {
+                Some(range) => {
+                    across_extents = range;
+                    across_extents.whole()
+                }
+                None => return Err(outside),
+            },
+        };
+        let mut index = 0;
+        for _ in 0..most {
+            let Some(descriptor) = read_indirect(entries, index) else {
+                return Err(outside);
+            };
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(ChainError::Indirect);
+            }
+            self.push(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+            if index >= count {
+                return Err(ChainError::Next { next: index, size: count });
+            }
+        }
+        Err(ChainError::TooLong { size: most })
+    }
+
+    #[inline]
+    fn push(&mut self, descriptor: RawDescriptor) -> Result<(), ChainError> {
+        if descriptor.flags & WRITE == 0 {
+            if self.readable != self.buffers.len() {
+                return Err(ChainError::Order);
+            }
+            self.readable += usize::from(descriptor.len != 0);
+        }
+        // A card has no use for an empty buffer, and some stop at one.
+        if descriptor.len != 0 {
+            self.buffers.push(Buffer { addr: GuestAddress(descriptor.addr), len: descriptor.len });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! Who wakes whom: kicks from the driver, notifications to it, by flag or by event index.
+//!
+//! Read with: virtio 1.2 §2.7.7, §2.7.9, §2.7.10.
+
+use vfio_glue::memory::VirtqMemory;
+
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+
+/// How wake-ups are suppressed on a queue, as negotiated.
+#[derive(Clone, Copy, Debug)]
+pub struct Notification {
+    mode: Mode,
+    /// The used index at the last decision.
+    decided_at: u16,
+    forced: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// VIRTIO_F_EVENT_IDX: each side says at which index it wants to be woken.
+    EventIdx,
+    /// One flag each way.
+    Flag,
+}
+
+impl Notification {
+    /// With VIRTIO_F_EVENT_IDX. `used` is the used index at the start.
+    pub fn by_event_idx(used: u16) -> Self {
+        Self { mode: Mode::EventIdx, decided_at: used, forced: true }
+    }
+
+    /// Without it.
+    pub fn by_flag(used: u16) -> Self {
+        Self { mode: Mode::Flag, decided_at: used, forced: true }
+    }
+
+    pub(super) fn force(&mut self) {
+        self.forced = true;
+    }
+
+    /// Whether the driver wants to hear of the used entries up to `used`, which are published.
+    #[inline]
+    pub(super) fn wanted(&mut self, memory: &VirtqMemory, used: u16) -> bool {
+        let before = std::mem::replace(&mut self.decided_at, used);
+        let forced = std::mem::take(&mut self.forced);
+        if before == used && !forced {
+            return false;
+        }
+        // Our index must be out before the driver's wish is read, else both sides wait (virtio 1.2 §2.7.13.4).
+        VirtqMemory::full_barrier();
+        match self.mode {
+            Mode::EventIdx => {
+                let event = memory.used_event();
+                forced || used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
+            }
+            Mode::Flag => memory.avail_flags() & AVAIL_F_NO_INTERRUPT == 0,
+        }
+    }
+
+    pub(super) fn ask_for_kicks(&mut self, memory: &VirtqMemory, next_avail: u16) {
+        match self.mode {
+            Mode::EventIdx => memory.store_avail_event(next_avail),
+            Mode::Flag => memory.store_used_flags(0),
+        }
+        // The wish must be out before the caller looks once more.
+        VirtqMemory::full_barrier();
+    }
+
+    pub(super) fn refuse_kicks(&mut self, memory: &VirtqMemory) {
+        match self.mode {
+            // The event index stays where it is: the driver passes it once and is then silent for 2^16 entries.
+            Mode::EventIdx => {}
+            Mode::Flag => memory.store_used_flags(USED_F_NO_NOTIFY),
+        }
+    }
+}
