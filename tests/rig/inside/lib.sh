@@ -2,10 +2,15 @@
 # Sourced. RIG_BINARY is our program, RIG_TOOLS the folder of wire-check and picture, both set by the caller of `boot`.
 
 export RUST_BACKTRACE=0
-SOCKET=/run/vuv/vm0.sock # in a folder of its own, so that a container can be given just that
-CONTROL=/run/vuv.sock
+RUN=${RIG_RUN:-/run}
+LOGS=${RIG_LOGS:-/mnt}   # the out folder: what is left there can be read after power-off
+SOCKET=$RUN/vuv/vm0.sock # in a folder of its own, so that a container can be given just that
+CONTROL=$RUN/vuv/control.sock
 GUEST_MAC=52:54:00:00:00:01
-LOGS=/mnt # the out folder: what is left there can be read after power-off
+mkdir -p "$RUN/vuv"
+# A copy, since the checkout may lie where only its owner may go, and the tests run it as somebody else.
+PROGRAM=$RUN/vhost-user-vfio
+[ -n "${RIG_STAND_IN:-}" ] || install -m 755 "$RIG_BINARY" "$PROGRAM"
 
 # ---- results: one line each; `test` outside counts them -------------------------------------------------------
 
@@ -22,9 +27,11 @@ finish() {
 }
 # Runs a command as result NAME; its last line is what was seen.
 check() {
-	local name=$1 seen
+	local name=$1 verdict=ok
 	shift
-	if seen=$("$@" 2>&1); then ok "$name" "${seen##*$'\n'}"; else not_ok "$name" "${seen##*$'\n'}"; fi
+	# Not in a subshell, which could not wait for this shell's children.
+	"$@" >"$RUN/seen" 2>&1 || verdict=not_ok
+	$verdict "$name" "$(tail -n 1 "$RUN/seen")"
 }
 # Waits until a command succeeds. Nested emulation is slow, so the bound is generous; it decides only failures.
 wait_for() {
@@ -80,22 +87,22 @@ hugepages() {
 backend_start() {
 	local address=$1
 	shift
-	mkdir -p "$(dirname $SOCKET)"
-	rm -f $SOCKET
+	rm -f "$SOCKET"
 	if [ -n "${RIG_STAND_IN:-}" ]; then
 		stand_in_start "$address"
 	else
-		${BACKEND_AS:-} "$RIG_BINARY" --device "$address" --socket-path $SOCKET --control $CONTROL "$@" \
+		${BACKEND_AS:-} "$PROGRAM" --device "$address" --socket-path "$SOCKET" --control "$CONTROL" "$@" \
 			>"$LOGS/backend.log" 2>&1 &
 	fi
 	BACKEND=$!
-	backend_is_up_or_gone() { [ -S $SOCKET ] || ! kill -0 $BACKEND; }
+	backend_is_up_or_gone() { [ -S "$SOCKET" ] || ! kill -0 $BACKEND; }
 	wait_for 30 "the back end's socket" backend_is_up_or_gone
-	[ -S $SOCKET ] || { tail -n 5 "$LOGS/backend.log" && return 1; }
+	[ -S "$SOCKET" ] || { tail -n 5 "$LOGS/backend.log" && return 1; }
 }
 
 # DPDK's vhost and igb drivers in our place: shows that the rig works, whatever our process does.
 stand_in_start() {
+	hugepages 400
 	dpdk-testpmd --lcores 0@0,1@0 --file-prefix backend -m 128 -a "$1" --vdev "net_vhost0,iface=$SOCKET,queues=1" -- \
 		--forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600 >"$LOGS/backend.log" 2>&1 &
 }
@@ -109,11 +116,15 @@ backend_stop() {
 	echo "exit status 0 on SIGTERM"
 }
 
-stats() { "$RIG_BINARY" stats --control $CONTROL; }
+# What the statistics show, checked by `picture`, as one line; further words are its requirements.
+stats_show() { stats >"$LOGS/stats.json" && "$RIG_TOOLS/picture" --line "$@" "$LOGS/stats.json"; }
+stats() { "$PROGRAM" stats --control "$CONTROL"; }
 
 # ---- the front-end: testpmd's virtio-user, with a veth pair so that any program can send and receive through it --
 #
 #   guest0 ══veth══ guest0w ── af_packet port ── testpmd ── virtio-user port ── the back end's socket
+#
+# As with BACKEND_AS, FRONT_END_AS is a command that runs it as somebody else or somewhere else.
 
 front_end_veth() {
 	[ -e /sys/class/net/guest0 ] || ip link add guest0 type veth peer name guest0w
@@ -129,10 +140,10 @@ front_end_command() {
 		-- --forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600
 }
 
-# Sets FRONT_END. FRONT_END_AS as with BACKEND_AS.
+# Starts it with these EAL options. Sets FRONT_END.
 front_end_start() {
-	front_end_veth
 	local command
+	front_end_veth
 	mapfile -t command < <(front_end_command "$@")
 	${FRONT_END_AS:-} "${command[@]}" >"$LOGS/front-end.log" 2>&1 &
 	FRONT_END=$!
@@ -140,18 +151,26 @@ front_end_start() {
 
 front_end_stop() {
 	kill -TERM $FRONT_END 2>/dev/null || :
-	wait $FRONT_END || : # testpmd's own status says nothing of ours
+	front_end_is_gone() { ! kill -0 $FRONT_END; }
+	wait_for 10 "the front-end to end" front_end_is_gone || kill -KILL $FRONT_END
+	wait $FRONT_END 2>/dev/null || : # testpmd's own status says nothing of ours
 }
 
 # Frames from guest to wire (tx), from wire to guest (rx), or both at once; further words go to wire-check.
 tx() { "$RIG_TOOLS/wire-check" through --from guest0 --to "$PEER" "$@"; }
 rx() { "$RIG_TOOLS/wire-check" through --from "$PEER" --to guest0 --dst $GUEST_MAC "$@"; }
+# Whether frames passed the peer's card since this was last asked.
+frames_move() {
+	local before=${frames_seen:-0}
+	frames_seen=$(cat "/sys/class/net/$PEER/statistics/tx_packets")
+	[ "$frames_seen" -gt "$before" ] && [ "$before" != 0 ]
+}
 both_ways() {
 	local seen status=0
-	rx "$@" >/tmp/rx.seen 2>&1 &
+	rx "$@" >"$RUN/rx.seen" 2>&1 &
 	local other=$!
 	seen=$(tx "$@" 2>&1) || status=1
 	wait $other || status=1
-	echo "$seen; $(cat /tmp/rx.seen)"
+	echo "$seen; $(cat "$RUN/rx.seen")"
 	return $status
 }
