@@ -63,8 +63,8 @@ if backend_start "$(card 1)" --iommu "$iommu"; then
 		[ ${#shared[@]} = 0 ]
 	}
 	check container-apart apart
-	kill -KILL $FRONT_END # as a container ends at the latest; unshare lets no other signal through
-	front_end_stop
+	# As a container ends at the latest; unshare lets no other signal through, and bash need not tell of it.
+	{ kill -KILL $FRONT_END && wait $FRONT_END || :; } 2>/dev/null
 	check container-stop backend_stop
 else
 	not_ok container-start "$(tail -n 1 "$LOGS/backend.log")"

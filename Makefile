@@ -1,0 +1,24 @@
+# The commands of the project. What they do is in tests/rig; none of them asks a question.
+.PHONY: help build demo demo-guest test setup clean-rig
+.DEFAULT_GOAL := help
+
+help: ## say what there is
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+build: ## the release binary, target/release/vhost-user-vfio
+	cargo build --release --package backend
+
+demo: ## frames through a guest's queues, our process, an IOMMU and a card, emulated here; TAP=1: without a card
+	@tests/rig/demo $(if $(TAP),tap,card)
+
+demo-guest: ## the same with a QEMU guest
+	@tests/rig/demo guest
+
+test: ## everything: format, lints, tests, and the rig with a real vfio-pci device
+	@tests/rig/everything
+
+setup: ## install what demo and test need (as root; else says what to type)
+	@tests/rig/setup rig
+
+clean-rig: ## forget downloaded and built kernels and package lists
+	rm -rf .cache
