@@ -15,6 +15,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -286,6 +287,20 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Ends the connection, as the death of the front-end does.
+    ///
+    /// # Errors
+    ///
+    /// What shutdown reports.
+    pub fn hang_up(&self) -> Result<()> {
+        Ok(self.stream.shutdown(std::net::Shutdown::Both)?)
+    }
+
+    /// Whether the back end has said something that is not yet read.
+    pub fn has_an_answer(&self) -> bool {
+        wait_readable(self.stream.as_fd(), Duration::ZERO) && self.receive().is_ok()
     }
 
     /// Says that no more bytes will come, as a front-end that dies in the middle of a message does.

@@ -101,10 +101,17 @@ pub struct SplitQueue {
 impl SplitQueue {
     /// Lays out an empty ring at `place`.
     pub fn new(memory: &GuestMemory, place: RingPlace) -> Self {
+        Self::starting_at(memory, place, 0)
+    }
+
+    /// Lays out a ring at `place` that looks as if `first` chains had already gone through it.
+    pub fn starting_at(memory: &GuestMemory, place: RingPlace, first: u16) -> Self {
         let size = usize::from(place.size);
         memory.write(place.desc, &vec![0; size * 16]);
         memory.write(place.avail, &vec![0; 6 + size * 2]);
         memory.write(place.used, &vec![0; 6 + size * 8]);
+        memory.store_u16(place.avail + 2, first);
+        memory.store_u16(place.used + 2, first);
         Self {
             memory: memory.clone(),
             place,
@@ -114,9 +121,9 @@ impl SplitQueue {
             free: (0..place.size).collect(),
             offered: VecDeque::new(),
             skipped: VecDeque::new(),
-            next_avail: 0,
-            published: 0,
-            last_used: 0,
+            next_avail: first,
+            published: first,
+            last_used: first,
         }
     }
 
@@ -337,6 +344,10 @@ impl SplitQueue {
     }
 
     /// Waits as an interrupt-driven guest: asks for an interrupt, looks again, sleeps. False if `limit` passes.
+    ///
+    /// # Panics
+    ///
+    /// If chains came back without the interrupt asked for.
     pub fn wait_used(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         loop {
@@ -349,7 +360,11 @@ impl SplitQueue {
                 .call
                 .wait(deadline.saturating_duration_since(Instant::now()))
             {
-                return self.has_used() && panic!("the used ring moved, but the wanted interrupt never came");
+                assert!(
+                    !self.has_used(),
+                    "the used ring moved, but the wanted interrupt never came"
+                );
+                return false;
             }
             self.events.call.take();
         }

@@ -15,6 +15,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{SendFlags, SocketAddrUnix, sendto};
+
 use super::PATIENCE;
 
 /// The smallest Ethernet frame without FCS.
@@ -164,12 +167,10 @@ impl Wire {
     ///
     /// If the back end is gone.
     pub fn try_send(&self, frame: &[u8]) -> bool {
-        self.socket.set_nonblocking(true).expect("the socket is open");
-        let sent = self.socket.send_to(frame, &self.local);
-        self.socket.set_nonblocking(false).expect("the socket is open");
-        match sent {
+        let to = SocketAddrUnix::new(&self.local).expect("a short path");
+        match sendto(&self.socket, frame, SendFlags::DONTWAIT, &to) {
             Ok(_) => true,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
+            Err(Errno::AGAIN) => false,
             Err(error) => panic!("the back end's end of the wire is gone: {error}"),
         }
     }

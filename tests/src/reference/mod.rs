@@ -52,14 +52,16 @@ pub fn serve(socket: &Path, wire: &UnixDatagram) -> Result<()> {
     }
 }
 
-/// Connects to a front-end that listens on `socket` and serves it until it leaves.
+/// Connects to a front-end that listens on `socket`, again and again, until nobody listens there.
 ///
 /// # Errors
 ///
-/// If the front-end cannot be reached.
+/// When the front-end cannot be reached.
 pub fn serve_as_client(socket: &Path, wire: &UnixDatagram) -> Result<()> {
     let path = socket.to_str().context("the socket's path is not text")?;
-    serve_one(wire, |daemon| daemon.start_client(path))
+    loop {
+        serve_one(wire, |daemon| daemon.start_client(path))?;
+    }
 }
 
 type Daemon = VhostUserDaemon<Arc<NetBackEnd>>;
