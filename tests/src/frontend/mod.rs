@@ -3,17 +3,19 @@
 //! ```text
 //! memory.rs ──▶ vmm.rs ──connection.rs──▶ back end under test ──▶ wire.rs
 //!     ▲                                     ▲
-//!     └────── driver.rs ──kick and call─────┘        suite.rs: one behaviour each, for any back end
+//!     └─ net.rs ── driver.rs ─kick and call─┘        suite: one behaviour each, for any back end
 //! ```
 //!
 //! Every wait is on a condition with the bound [`PATIENCE`]; nothing sleeps.
 
 use std::time::Duration;
 
+pub mod arena;
 pub mod connection;
 pub mod driver;
 pub mod event;
 pub mod memory;
+pub mod net;
 pub mod process;
 pub mod suite;
 pub mod vmm;

@@ -2,7 +2,8 @@
 
 use super::{BackEnd, Guest, RX_BUFFER_BYTES, Running, Setup, assert_port_works};
 use crate::frontend::PATIENCE;
-use crate::frontend::driver::{Access, Form, Layout, Segment, SplitQueue, Table, desc_flag};
+use crate::frontend::driver::{Access, Segment, SplitQueue, Table, desc_flag};
+use crate::frontend::net::{Form, Layout};
 
 /// Writes something into a ring that no driver may.
 type Break = fn(&mut SplitQueue, Scene);

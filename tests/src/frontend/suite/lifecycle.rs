@@ -1,7 +1,7 @@
 //! Stopping, disabling, restarting and coming back: what is answered is true, and no buffer is lost.
 
 use super::{BackEnd, Guest, RX, RX_BUFFER_BYTES, Running, Setup, TX, assert_port_works, receive_up_to};
-use crate::frontend::driver::{Form, Layout};
+use crate::frontend::net::{Form, Layout};
 use crate::frontend::vmm::{Manner, feature};
 use crate::frontend::wire::{Wire, frame};
 

@@ -3,8 +3,9 @@
 use super::{
     BackEnd, Guest, RX, RX_BUFFER_BYTES, Running, Setup, TX, assert_port_works, assert_refused, receive_up_to,
 };
-use crate::frontend::driver::{Form, Layout, Rx, SplitQueue, Tx, arena_bytes};
+use crate::frontend::driver::SplitQueue;
 use crate::frontend::memory::{Flaw, GuestMemory, Plan};
+use crate::frontend::net::{Form, Layout, Rx, Tx, arena_bytes};
 use crate::frontend::vmm::{Manner, RingPlace, feature};
 use crate::frontend::wire::frame;
 

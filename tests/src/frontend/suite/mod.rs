@@ -23,8 +23,9 @@ use tempfile::TempDir;
 
 use super::PATIENCE;
 use super::connection::{Connection, ConnectionError};
-use super::driver::{Form, HEADER_BYTES, Layout, Rx, SplitQueue, Tx, arena_bytes};
+use super::driver::SplitQueue;
 use super::memory::{GuestMemory, Plan};
+use super::net::{Form, HEADER_BYTES, Layout, Rx, Tx, arena_bytes};
 use super::process::Process;
 use super::vmm::{Manner, RingPlace, Session, feature};
 use super::wire::{MIN_FRAME_BYTES, Wire, frame, sequence_of};

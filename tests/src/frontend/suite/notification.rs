@@ -2,7 +2,7 @@
 
 use super::{BackEnd, Guest, RX_BUFFER_BYTES, Running, Setup};
 use crate::frontend::PATIENCE;
-use crate::frontend::driver::{Form, Layout};
+use crate::frontend::net::{Form, Layout};
 use crate::frontend::vmm::feature;
 use crate::frontend::wire::frame;
 

@@ -1,7 +1,8 @@
 //! Frames arrive whole, in every size, layout and place.
 
 use super::{BackEnd, Guest, RX, RX_BUFFER_BYTES, Running, Setup, TX};
-use crate::frontend::driver::{Form, HEADER_BYTES, Layout, Rx, SplitQueue, Tx, arena_bytes};
+use crate::frontend::driver::SplitQueue;
+use crate::frontend::net::{Form, HEADER_BYTES, Layout, Rx, Tx, arena_bytes};
 use crate::frontend::vmm::feature;
 use crate::frontend::wire::{MAX_FRAME_BYTES, MIN_FRAME_BYTES, frame};
 
