@@ -7,13 +7,27 @@
 //! The device is bound to vfio-pci, and this user owns its node. Read with: 82576 datasheet, RAL, RAH, STATUS.
 
 use std::error::Error;
+use std::process::ExitCode;
 
 const STATUS: u32 = 0x0008;
 const STATUS_LINK_UP: u32 = 1 << 1;
 const RAL: u32 = 0x5400;
 const RAH: u32 = 0x5404;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = print_mac_and_link() else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("{error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        eprintln!("because {error}");
+        cause = error.source();
+    }
+    ExitCode::FAILURE
+}
+
+fn print_mac_and_link() -> Result<(), Box<dyn Error>> {
     let address = std::env::args()
         .nth(1)
         .ok_or("usage: open ADDRESS, like 0000:01:00.0")?;
