@@ -38,6 +38,9 @@ pub trait BackEnd {
     /// Starts it so that it connects to the front-end that listens on `socket`.
     fn start_as_client(&self, folder: &Path, socket: &Path, wire: &Wire) -> Vec<Process>;
 
+    /// Looks at the processes once more when the behaviour was shown, before they are killed.
+    fn finish(&self, _processes: Vec<Process>) {}
+
     /// Behaviours that are not asked of it, each with the reason.
     fn exemptions(&self) -> &[(&str, &str)] {
         &[]
@@ -117,6 +120,7 @@ pub fn run<B: BackEnd>(back_end: &B, name: &str, behaviour: fn(&B, &mut Running)
     running.processes = back_end.start(running.folder.path(), &running.socket, &running.wire);
     behaviour(back_end, &mut running);
     running.assert_alive();
+    back_end.finish(std::mem::take(&mut running.processes));
 }
 
 /// A back end that has been started.
@@ -186,7 +190,7 @@ impl Running {
     }
 
     /// The processes of the back end.
-    pub fn processes(&mut self) -> &mut [Process] {
+    pub fn processes(&mut self) -> &mut Vec<Process> {
         &mut self.processes
     }
 
