@@ -26,6 +26,8 @@ use crate::pci::vfio::VfioFunction;
 use crate::pci::{PciAddress, PciFunction};
 use crate::sys;
 
+const BIND: &str = "VFIO_DEVICE_BIND_IOMMUFD";
+const ATTACH: &str = "VFIO_DEVICE_ATTACH_IOMMUFD_PT";
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
@@ -103,12 +105,12 @@ impl Iommufd {
         let file = request.file.as_fd();
         let (offset, len, iova) = (request.offset, request.len, request.iova);
         sys::ioas_map_file(&self.iommufd, self.ioas, file, offset, len, iova)
-            .map_err(|source| map_error("IOMMU_IOAS_MAP_FILE", request, source))
+            .map_err(|source| request.refused("IOMMU_IOAS_MAP_FILE", source))
     }
 
     fn map_address(&self, request: &MapRequest) -> Result<(), IommuError> {
         sys::ioas_map(&self.iommufd, self.ioas, &request.host, request.iova)
-            .map_err(|source| map_error("IOMMU_IOAS_MAP", request, source))
+            .map_err(|source| request.refused("IOMMU_IOAS_MAP", source))
     }
 
     fn open_device(&self, found: &Found) -> Result<Arc<File>, IommuError> {
@@ -120,32 +122,60 @@ impl Iommufd {
             });
         };
         let device = node::open(path, node::CDEV_ABSENT)?;
-        let refused = |call| {
-            move |source: io::Error| match source.raw_os_error() {
-                // The group has another owner, or the device is open (EINVAL for a second open by this way).
-                Some(libc::EBUSY | libc::EINVAL) => self.sysfs.explain_refusal(found, source),
-                Some(libc::EPERM) => IommuError::UnsafeInterrupts {
-                    call,
-                    address: found.address,
+        sys::bind_iommufd(&device, &self.iommufd).map_err(|source| self.explain_bind(found, source))?;
+        sys::attach_ioas(&device, self.ioas).map_err(|source| self.explain_attach(found, source))?;
+        Ok(Arc::new(device))
+    }
+
+    /// EINVAL is what a device answers that is open already; EPERM and EBUSY come for a group with another owner,
+    /// EPERM also where interrupts are not isolated.
+    fn explain_bind(&self, found: &Found, source: io::Error) -> IommuError {
+        match source.raw_os_error() {
+            Some(libc::EINVAL) => self
+                .sysfs
+                .explain_refusal(found, io::ErrorKind::ResourceBusy.into()),
+            Some(libc::EBUSY) => self.sysfs.explain_refusal(found, source),
+            Some(libc::EPERM) => match self.sysfs.explain_refusal(found, source) {
+                IommuError::Busy { address, source } => IommuError::UnsafeInterrupts {
+                    call: BIND,
+                    address,
                     parameter: "/sys/module/iommufd/parameters/allow_unsafe_interrupts".into(),
                     source,
                 },
-                Some(libc::ENOMEM) => IommuError::PinLimit {
-                    call,
-                    object: found.address.to_string(),
-                    source,
-                },
-                _ => IommuError::Call {
-                    call,
-                    object: found.address.to_string(),
-                    source,
-                },
-            }
-        };
-        sys::bind_iommufd(&device, &self.iommufd).map_err(refused("VFIO_DEVICE_BIND_IOMMUFD"))?;
-        sys::attach_ioas(&device, self.ioas).map_err(refused("VFIO_DEVICE_ATTACH_IOMMUFD_PT"))?;
-        Ok(Arc::new(device))
+                group => group,
+            },
+            _ => call_error(BIND, found, source),
+        }
     }
+
+    /// The device is ours by now; what can still be wrong is the group, an interrupt window, a pin or the map.
+    fn explain_attach(&self, found: &Found, source: io::Error) -> IommuError {
+        let address = found.address;
+        match source.raw_os_error() {
+            Some(libc::EINVAL | libc::EBUSY) => match self.sysfs.explain_refusal(found, source) {
+                IommuError::Busy { source, .. } => call_error(ATTACH, found, source),
+                group => group,
+            },
+            Some(libc::EPERM) => IommuError::UnsafeInterrupts {
+                call: ATTACH,
+                address,
+                parameter: "/sys/module/iommufd/parameters/allow_unsafe_interrupts".into(),
+                source,
+            },
+            Some(libc::EADDRINUSE) => IommuError::Reserved { address, source },
+            Some(libc::ENOMEM) => IommuError::PinLimit {
+                call: ATTACH,
+                object: address.to_string(),
+                source,
+            },
+            _ => call_error(ATTACH, found, source),
+        }
+    }
+}
+
+fn call_error(call: &'static str, found: &Found, source: io::Error) -> IommuError {
+    let object = found.address.to_string();
+    IommuError::Call { call, object, source }
 }
 
 /// Whether the file is one `memfd_pin_folios` takes: shared memory or hugetlbfs (TRAPS 24).
@@ -155,15 +185,6 @@ fn fit_for_map_file(file: &File) -> bool {
     fstatfs(file).is_ok_and(|fs| {
         u64::try_from(fs.f_type).is_ok_and(|magic| matches!(magic, TMPFS_MAGIC | HUGETLBFS_MAGIC))
     })
-}
-
-fn map_error(call: &'static str, request: &MapRequest, source: io::Error) -> IommuError {
-    IommuError::Map {
-        call,
-        iova: request.iova,
-        len: request.len,
-        source,
-    }
 }
 
 impl Iommu for Iommufd {

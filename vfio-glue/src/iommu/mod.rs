@@ -97,6 +97,23 @@ pub struct MapRequest {
     pub host: HostRange,
 }
 
+impl MapRequest {
+    /// The error for a map call the kernel refused: a pin limit is told apart, it can be mended.
+    fn refused(&self, call: &'static str, source: io::Error) -> IommuError {
+        let (iova, len) = (self.iova, self.len);
+        if source.raw_os_error() == Some(libc::ENOMEM) {
+            let object = format!("{len:#x} bytes at iova {iova}");
+            return IommuError::PinLimit { call, object, source };
+        }
+        IommuError::Map {
+            call,
+            iova,
+            len,
+            source,
+        }
+    }
+}
+
 /// A device to let in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceAddress {
@@ -181,7 +198,7 @@ pub enum IommuError {
         bound_to: String,
     },
     /// Something else holds the device.
-    #[error("PCI device {address} is in use by another process")]
+    #[error("PCI device {address} is in use, by another process or on another map")]
     Busy {
         /// The function.
         address: PciAddress,
@@ -216,7 +233,7 @@ pub enum IommuError {
     },
     /// The IOMMU does not keep devices from faking interrupts.
     #[error(
-        "{call} on {address} was not permitted: the IOMMU does not isolate interrupts; switch interrupt remapping on          in firmware, or accept the risk with: echo 1 > {}", parameter.display()
+        "{call} on {address} was not permitted: the IOMMU does not isolate interrupts; switch interrupt remapping on in firmware, or accept the risk with: echo 1 > {}", parameter.display()
     )]
     UnsafeInterrupts {
         /// The kernel's name of the call.
@@ -230,13 +247,21 @@ pub enum IommuError {
     },
     /// The kernel could not pin or had no memory for its tables.
     #[error(
-        "{call} on {object} failed: the limit on locked memory of this user is used up, perhaps by another process;          raise it (ulimit -l, LimitMEMLOCK=)"
+        "{call} on {object} failed: the limit on locked memory of this user is used up, perhaps by another process; raise it (ulimit -l, LimitMEMLOCK=)"
     )]
     PinLimit {
         /// The kernel's name of the call.
         call: &'static str,
         /// What it was called on.
         object: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Something mapped lies where a device or its IOMMU wants nothing.
+    #[error("{address} cannot come: something is mapped at an IOVA that this device or its IOMMU reserves")]
+    Reserved {
+        /// The function.
+        address: PciAddress,
         /// The kernel's answer.
         source: io::Error,
     },

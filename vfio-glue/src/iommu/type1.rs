@@ -34,7 +34,7 @@ pub struct Type1 {
     remembered: BTreeMap<u64, MapRequest>,
 }
 
-/// A group in the container.
+/// A group in the container. With no device it is one the kernel has not let go yet.
 struct Group {
     file: File,
     devices: Vec<PciAddress>,
@@ -131,13 +131,33 @@ impl Type1 {
         Ok(Arc::new(function))
     }
 
+    /// Takes groups without devices out of the container.
+    ///
+    /// The kernel refuses while such a device is open or one of its BARs mapped somewhere. The group then stays
+    /// in our books too, so that unmapping still reaches the kernel, and is tried again the next time.
+    fn let_go(&mut self) -> Result<(), IommuError> {
+        let mut outcome = Ok(());
+        let sysfs = &self.sysfs;
+        self.groups.retain(|number, group| {
+            if !group.devices.is_empty() {
+                return true;
+            }
+            let Err(source) = sys::group_unset_container(&group.file) else {
+                return false;
+            };
+            outcome = Err(IommuError::Call {
+                call: "VFIO_GROUP_UNSET_CONTAINER",
+                object: sysfs.group(*number).display().to_string(),
+                source,
+            });
+            true
+        });
+        outcome
+    }
+
     fn map_now(&self, request: &MapRequest) -> Result<(), IommuError> {
-        sys::type1_map(&self.container, &request.host, request.iova).map_err(|source| IommuError::Map {
-            call: "VFIO_IOMMU_MAP_DMA",
-            iova: request.iova,
-            len: request.len,
-            source,
-        })
+        sys::type1_map(&self.container, &request.host, request.iova)
+            .map_err(|source| request.refused("VFIO_IOMMU_MAP_DMA", source))
     }
 
     fn info(&self) -> Result<Info, IommuError> {
@@ -232,28 +252,10 @@ impl Iommu for Type1 {
         let DeviceAddress::Pci(address) = device else {
             return Ok(());
         };
-        let of = self
-            .groups
-            .iter_mut()
-            .find(|(_, group)| group.devices.contains(address));
-        let Some((number, group)) = of else {
-            return Ok(());
-        };
-        group.devices.retain(|other| other != address);
-        if !group.devices.is_empty() {
-            return Ok(());
+        for group in self.groups.values_mut() {
+            group.devices.retain(|other| other != address);
         }
-        let number = *number;
-        let Some(group) = self.groups.remove(&number) else {
-            return Ok(());
-        };
-        // Refused while the device is open or one of its BARs mapped; the kernel then lets the group go when
-        // the last of them closes.
-        sys::group_unset_container(&group.file).map_err(|source| IommuError::Call {
-            call: "VFIO_GROUP_UNSET_CONTAINER",
-            object: self.sysfs.group(number).display().to_string(),
-            source,
-        })
+        self.let_go()
     }
 
     fn pins_now(&self) -> bool {
