@@ -12,8 +12,8 @@
 
 #![forbid(unsafe_code)]
 
-pub mod virtq;
-pub mod net_header;
-pub mod lane;
-pub mod nic;
 pub mod clock;
+pub mod lane;
+pub mod net_header;
+pub mod nic;
+pub mod virtq;

@@ -33,7 +33,11 @@ pub(super) struct Slot {
 
 impl Slots {
     pub(super) fn new(owner: &str, count: u16) -> Self {
-        Self { count, owner: owner.to_owned(), memory: None }
+        Self {
+            count,
+            owner: owner.to_owned(),
+            memory: None,
+        }
     }
 
     /// Takes a free slot; `None` if all are out. The first call allocates and maps them all.
@@ -43,12 +47,22 @@ impl Slots {
             empty @ None => {
                 let len = usize::from(self.count) * SLOT_BYTES as usize;
                 let buffer = DmaBuffer::new(map, "bounce", &self.owner, len)?;
-                tracing::info!(lane = self.owner, bytes = len, "bounce memory mapped: not every frame is zero-copy");
-                empty.insert(Memory { buffer, free: (0..self.count).rev().collect() })
+                tracing::info!(
+                    lane = self.owner,
+                    bytes = len,
+                    "bounce memory mapped: not every frame is zero-copy"
+                );
+                empty.insert(Memory {
+                    buffer,
+                    free: (0..self.count).rev().collect(),
+                })
             }
         };
         let base = memory.buffer.iova();
-        Ok(memory.free.pop().map(|index| Slot { index, iova: base.offset(u64::from(index) * u64::from(SLOT_BYTES)) }))
+        Ok(memory.free.pop().map(|index| Slot {
+            index,
+            iova: base.offset(u64::from(index) * u64::from(SLOT_BYTES)),
+        }))
     }
 
     /// The slot's bytes.

@@ -111,33 +111,22 @@ pub trait Lane: Send {
     /// Replaces the descriptor that reports a broken ring.
     fn set_err(&mut self, err: Option<File>);
 
-    /// Goes on with another view of the same guest's memory.
-    ///
-    /// `Restart` gives up and takes again whatever is with the card: for a table that lacks bytes of the old one.
-    ///
-    /// # Errors
-    ///
-    /// [`NicError`] if the card's queue did not stop or start; the lane is retired then.
-    fn set_table(&mut self, table: Arc<Table>, keep: Posted) -> Result<(), NicError>;
+    /// Goes on with another view of the same guest's memory, in which all bytes of the old one are where they were.
+    /// For a table that lacks some, the lane is stopped and started.
+    fn set_table(&mut self, table: Arc<Table>);
 
     /// The cable was plugged in or out.
     ///
     /// # Errors
     ///
-    /// As [`set_table`](Self::set_table).
+    /// [`NicError`] if the card's queue did not stop or start; the lane is retired then.
     fn set_link(&mut self, up: bool) -> Result<(), NicError>;
 
     /// Stops the card's queue, gives the guest what was completed, and ends the lane.
+    ///
+    /// Blocks for a bounded time. Afterwards nothing of ours and nothing of the card's touches guest memory, unless
+    /// [`Stopped::card`] is an error.
     fn stop(self: Box<Self>) -> Stopped;
-}
-
-/// What happens to buffers that the card holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Posted {
-    /// All their bytes stay mapped: nothing.
-    Stay,
-    /// Some bytes go away: take them back from the card.
-    Restart,
 }
 
 /// The parts both directions share: the guest's end of the lane.
@@ -194,7 +183,10 @@ impl GuestEnd {
             return;
         }
         self.stats.errors.add(1);
-        let cause = why.source().map(|source| format!(": {source}")).unwrap_or_default();
+        let cause = why
+            .source()
+            .map(|source| format!(": {source}"))
+            .unwrap_or_default();
         tracing::error!(lane = self.name, "retired: {why}{cause}");
         if let Some(err) = &mut self.err {
             // Nobody may be listening, and the log line stands.

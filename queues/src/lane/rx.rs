@@ -22,7 +22,7 @@ use vfio_glue::memory::{HostSlice, Table, TableHint};
 use super::bounce::{SLOT_BYTES, Slot, Slots};
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
-use super::{GuestEnd, Lane, LaneSetup, Posted, Progress, Stopped};
+use super::{GuestEnd, Lane, LaneSetup, Progress, Stopped};
 use crate::net_header;
 use crate::nic::{Berth, NicError, Received, RxRing, Transfer, Verdict};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
@@ -60,13 +60,22 @@ enum Kind {
     /// The frame lands in place, but the header is spread over these buffers.
     InPlaceOddHeader { buffers: Vec<Buffer> },
     /// The frame lands in a slot of ours and is copied into these buffers.
-    InSlot { slot: Slot, buffers: Vec<Buffer>, why: Bounce },
+    InSlot {
+        slot: Slot,
+        buffers: Vec<Buffer>,
+        why: Bounce,
+    },
 }
 
 /// Where the card may put a frame.
 enum Target {
-    InPlace { iova: Iova, header: Option<GuestAddress> },
-    Slot { why: Bounce },
+    InPlace {
+        iova: Iova,
+        header: Option<GuestAddress>,
+    },
+    Slot {
+        why: Bounce,
+    },
 }
 
 impl<R: RxRing> RxLane<R> {
@@ -82,7 +91,7 @@ impl<R: RxRing> RxLane<R> {
         }
         let size = setup.virtq.size();
         let slots = u16::try_from(ring.room()).unwrap_or(u16::MAX).min(size);
-        Ok(Self {
+        let mut lane = Self {
             slots: Slots::new(&setup.name, slots),
             link_up: setup.link_up,
             guest: GuestEnd::new(setup),
@@ -92,14 +101,19 @@ impl<R: RxRing> RxLane<R> {
             hint: TableHint::default(),
             posted: VecDeque::with_capacity(size.into()),
             spare_lists: Vec::new(),
-        })
+        };
+        // A wake-up of whoever had the queue before may be lost.
+        lane.guest.publish();
+        Ok(lane)
     }
 
     /// Posts the guest's buffers while the card has room. Returns how many.
     fn refill(&mut self) -> Result<usize, VirtqError> {
         let mut posted = 0;
         while self.ring.as_ref().is_some_and(|ring| ring.room() > 0) {
-            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else { break };
+            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else {
+                break;
+            };
             let target = self.aim().map_err(|source| VirtqError::Chain { head, source })?;
             let Some((iova, kind)) = self.prepare(target) else {
                 // No memory for a slot: the chain keeps its turn and is tried again later.
@@ -126,7 +140,10 @@ impl<R: RxRing> RxLane<R> {
         // The usual chain: one buffer with header and frame, or a header buffer and a frame buffer.
         if let [first, ..] = self.chain.writable()
             && first.len > header_len
-            && let Some(piece) = self.guest.table.lookup(&mut self.hint, first.addr, header_len + need)
+            && let Some(piece) = self
+                .guest
+                .table
+                .lookup(&mut self.hint, first.addr, header_len + need)
             && first.len >= header_len + need
             && piece.len() == (header_len + need) as usize
         {
@@ -146,7 +163,10 @@ impl<R: RxRing> RxLane<R> {
                 continue;
             }
             if !is_memory(&self.guest.table, &mut self.hint, buffer.addr, buffer.len) {
-                return Err(ChainError::Memory { start: buffer.addr.0, len: buffer.len });
+                return Err(ChainError::Memory {
+                    start: buffer.addr.0,
+                    len: buffer.len,
+                });
             }
         }
         Ok(())
@@ -155,9 +175,17 @@ impl<R: RxRing> RxLane<R> {
     #[cold]
     fn aim_odd(&mut self, header_len: u32, need: u32) -> Result<Target, ChainError> {
         self.check_rest(0)?;
-        let total: u64 = self.chain.writable().iter().map(|buffer| u64::from(buffer.len)).sum();
+        let total: u64 = self
+            .chain
+            .writable()
+            .iter()
+            .map(|buffer| u64::from(buffer.len))
+            .sum();
         if total < u64::from(header_len) {
-            return Err(ChainError::NoHeader { len: total, header: header_len });
+            return Err(ChainError::NoHeader {
+                len: total,
+                header: header_len,
+            });
         }
         // The frame starts after `header_len` bytes, wherever that is.
         let mut skip = header_len;
@@ -169,24 +197,42 @@ impl<R: RxRing> RxLane<R> {
             }
             skip -= buffer.len;
         }
-        let why = if total < u64::from(header_len) + u64::from(need) { Bounce::ShortBuffer } else { Bounce::SplitBuffer };
+        let why = if total < u64::from(header_len) + u64::from(need) {
+            Bounce::ShortBuffer
+        } else {
+            Bounce::SplitBuffer
+        };
         let Some((start, len)) = at.filter(|(_, len)| *len >= need) else {
             return Ok(Target::Slot { why });
         };
-        match self.guest.table.lookup(&mut self.hint, GuestAddress(start), len.min(need)) {
+        match self
+            .guest
+            .table
+            .lookup(&mut self.hint, GuestAddress(start), len.min(need))
+        {
             Some(piece) if piece.len() == need as usize => {
                 let first = self.chain.writable().first();
-                let header = first.filter(|first| first.len >= header_len).map(|first| first.addr);
-                Ok(Target::InPlace { iova: piece.iova, header })
+                let header = first
+                    .filter(|first| first.len >= header_len)
+                    .map(|first| first.addr);
+                Ok(Target::InPlace {
+                    iova: piece.iova,
+                    header,
+                })
             }
-            _ => Ok(Target::Slot { why: Bounce::SplitBuffer }),
+            _ => Ok(Target::Slot {
+                why: Bounce::SplitBuffer,
+            }),
         }
     }
 
     #[inline]
     fn prepare(&mut self, target: Target) -> Option<(Iova, Kind)> {
         match target {
-            Target::InPlace { iova, header: Some(header) } => Some((iova, Kind::InPlace { header })),
+            Target::InPlace {
+                iova,
+                header: Some(header),
+            } => Some((iova, Kind::InPlace { header })),
             Target::InPlace { iova, header: None } => {
                 let buffers = self.list_of_chain();
                 Some((iova, Kind::InPlaceOddHeader { buffers }))
@@ -215,8 +261,12 @@ impl<R: RxRing> RxLane<R> {
     /// Passes on what the card has received, up to `most` frames. Returns how many chains were given back.
     fn deliver(&mut self, most: usize) -> usize {
         for given in 0..most {
-            let Some(received) = self.ring.as_mut().and_then(RxRing::harvest) else { return given };
-            let Some(Buffers { head, kind }) = self.posted.pop_front() else { return given };
+            let Some(received) = self.ring.as_mut().and_then(RxRing::harvest) else {
+                return given;
+            };
+            let Some(Buffers { head, kind }) = self.posted.pop_front() else {
+                return given;
+            };
             let used = self.finish(kind, received);
             self.guest.virtq.give(head, used);
         }
@@ -228,7 +278,10 @@ impl<R: RxRing> RxLane<R> {
     fn finish(&mut self, kind: Kind, received: Received) -> u32 {
         let header_len = self.guest.header_len;
         // What the card reports is not believed either: more than it was given room for is no frame.
-        let fits = self.ring.as_ref().is_some_and(|ring| received.len <= ring.buffer_bytes());
+        let fits = self
+            .ring
+            .as_ref()
+            .is_some_and(|ring| received.len <= ring.buffer_bytes());
         let good = received.verdict == Verdict::Good && fits;
         if !good {
             self.guest.stats.drop_frame(Drop::Damaged);
@@ -253,7 +306,11 @@ impl<R: RxRing> RxLane<R> {
                 used
             }
             Kind::InSlot { slot, buffers, why } => {
-                let used = if good { self.copy_out(&slot, &buffers, received.len, why) } else { 0 };
+                let used = if good {
+                    self.copy_out(&slot, &buffers, received.len, why)
+                } else {
+                    0
+                };
                 self.slots.put_back(&slot);
                 self.spare_lists.push(buffers);
                 used
@@ -297,7 +354,13 @@ impl<R: RxRing> RxLane<R> {
         }
         // Our own copy: what the card wrote is moved once, from a place the guest cannot reach.
         let mut frame = [0; SLOT_BYTES as usize];
-        let Some(bytes) = self.slots.bytes(slot).and_then(|bytes| bytes.sub(0, len as usize)) else { return 0 };
+        let Some(bytes) = self
+            .slots
+            .bytes(slot)
+            .and_then(|bytes| bytes.sub(0, len as usize))
+        else {
+            return 0;
+        };
         bytes.copy_to(&mut frame);
         self.scatter(buffers, 0, net_header::received(header_len));
         self.scatter(buffers, header_len, frame.get(..len as usize).unwrap_or_default());
@@ -318,7 +381,9 @@ impl<R: RxRing> RxLane<R> {
             let mut rest = buffer.len - skipped;
             while rest > 0 && !left.is_empty() {
                 let want = rest.min(u32::try_from(left.len()).unwrap_or(u32::MAX));
-                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), want) else { return };
+                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), want) else {
+                    return;
+                };
                 let host: HostSlice<'_> = piece.host;
                 let copied = host.copy_from(left);
                 left = left.get(copied..).unwrap_or_default();
@@ -349,13 +414,6 @@ impl<R: RxRing> RxLane<R> {
         }
         self.guest.virtq.rewind();
         card
-    }
-
-    fn retire_on_error(&mut self, result: Result<(), NicError>) -> Result<(), NicError> {
-        if let Err(error) = &result {
-            self.guest.retire(error);
-        }
-        result
     }
 }
 
@@ -422,7 +480,7 @@ impl<R: RxRing> Lane for RxLane<R> {
     }
 
     fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.as_ref().map(R::wake_fd)
+        self.ring.as_ref().and_then(R::wake_fd)
     }
 
     fn take_kick(&mut self) {
@@ -446,18 +504,9 @@ impl<R: RxRing> Lane for RxLane<R> {
         self.guest.err = err;
     }
 
-    fn set_table(&mut self, table: Arc<Table>, posted: Posted) -> Result<(), NicError> {
-        let mut result = Ok(());
-        if posted == Posted::Restart && !self.guest.retired {
-            result = self.quiesce();
-            self.guest.publish();
-        }
+    fn set_table(&mut self, table: Arc<Table>) {
         self.guest.table = table;
         self.hint = TableHint::default();
-        if posted == Posted::Restart && result.is_ok() && !self.guest.retired {
-            result = self.ring.as_mut().map_or(Ok(()), R::start);
-        }
-        self.retire_on_error(result)
     }
 
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
@@ -472,6 +521,9 @@ impl<R: RxRing> Lane for RxLane<R> {
         if let Some(ring) = self.ring.take() {
             self.berth.put(ring);
         }
-        Stopped { first_unused: self.guest.virtq.first_unused(), card }
+        Stopped {
+            first_unused: self.guest.virtq.first_unused(),
+            card,
+        }
     }
 }

@@ -20,7 +20,7 @@ use vfio_glue::memory::{Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots};
 use super::stats::{Bounce, Drop};
-use super::{GuestEnd, Lane, LaneSetup, Posted, Progress, Stopped};
+use super::{GuestEnd, Lane, LaneSetup, Progress, Stopped};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
 
@@ -90,7 +90,7 @@ impl<R: TxRing> TxLane<R> {
             return Err(error);
         }
         let size = setup.virtq.size();
-        Ok(Self {
+        let mut lane = Self {
             slots: Slots::new(&setup.name, SLOTS),
             max_frame: setup.max_frame,
             link_up: setup.link_up,
@@ -101,7 +101,10 @@ impl<R: TxRing> TxLane<R> {
             hint: TableHint::default(),
             segments: Vec::with_capacity(R::MAX_SEGMENTS),
             taken: VecDeque::with_capacity(size.into()),
-        })
+        };
+        // A wake-up of whoever had the queue before may be lost.
+        lane.guest.publish();
+        Ok(lane)
     }
 
     /// Gives back what the card is done with. Returns how many chains.
@@ -114,7 +117,9 @@ impl<R: TxRing> TxLane<R> {
                 _ if done == 0 => break,
                 _ => done -= 1,
             }
-            let Some(oldest) = self.taken.pop_front() else { break };
+            let Some(oldest) = self.taken.pop_front() else {
+                break;
+            };
             if let State::InSlot(slot) = &oldest.state {
                 self.slots.put_back(slot);
             }
@@ -174,10 +179,17 @@ impl<R: TxRing> TxLane<R> {
             }
             len = len.saturating_add(rest);
             while rest > 0 {
-                let piece = self.guest.table.lookup(&mut self.hint, GuestAddress(at), rest).ok_or(outside(buffer))?;
+                let piece = self
+                    .guest
+                    .table
+                    .lookup(&mut self.hint, GuestAddress(at), rest)
+                    .ok_or(outside(buffer))?;
                 let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
                 if self.segments.len() < R::MAX_SEGMENTS {
-                    self.segments.push(Segment { iova: piece.iova, len: piece_len });
+                    self.segments.push(Segment {
+                        iova: piece.iova,
+                        len: piece_len,
+                    });
                 } else {
                     fits = false;
                 }
@@ -187,14 +199,23 @@ impl<R: TxRing> TxLane<R> {
         }
         if skip > 0 {
             let header = self.guest.header_len;
-            return Err(ChainError::NoHeader { len: u64::from(header - skip), header });
+            return Err(ChainError::NoHeader {
+                len: u64::from(header - skip),
+                header,
+            });
         }
         Ok(match len {
             _ if !self.link_up => Frame::Lost(Drop::LinkDown),
             0..RUNT => Frame::Lost(Drop::Runt),
-            RUNT..PADDED => Frame::Copy { len, why: Bounce::ShortFrame },
+            RUNT..PADDED => Frame::Copy {
+                len,
+                why: Bounce::ShortFrame,
+            },
             _ if len > self.max_frame => Frame::Lost(Drop::Oversize),
-            _ if !fits => Frame::Copy { len, why: Bounce::ManySegments },
+            _ if !fits => Frame::Copy {
+                len,
+                why: Bounce::ManySegments,
+            },
             _ => Frame::InPlace { len },
         })
     }
@@ -237,7 +258,10 @@ impl<R: TxRing> TxLane<R> {
             }
         }
         if let Some(ring) = &mut self.ring {
-            ring.post(&[Segment { iova: slot.iova, len: sent }]);
+            ring.post(&[Segment {
+                iova: slot.iova,
+                len: sent,
+            }]);
         }
         self.guest.stats.moved(len);
         self.guest.stats.bounce(why, len);
@@ -255,8 +279,12 @@ impl<R: TxRing> TxLane<R> {
             let mut rest = buffer.len - skipped;
             let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
             while rest > 0 {
-                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), rest) else { return copied };
-                let Some(target) = into.sub(copied, into.len() - copied) else { return copied };
+                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), rest) else {
+                    return copied;
+                };
+                let Some(target) = into.sub(copied, into.len() - copied) else {
+                    return copied;
+                };
                 copied += target.copy_from_slice(piece.host);
                 let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
                 rest -= piece_len;
@@ -301,17 +329,13 @@ impl<R: TxRing> TxLane<R> {
             self.guest.virtq.give(oldest.head, 0);
         }
     }
-
-    fn retire_on_error(&mut self, result: Result<(), NicError>) -> Result<(), NicError> {
-        if let Err(error) = &result {
-            self.guest.retire(error);
-        }
-        result
-    }
 }
 
 fn outside(buffer: &Buffer) -> ChainError {
-    ChainError::Memory { start: buffer.addr.0, len: buffer.len }
+    ChainError::Memory {
+        start: buffer.addr.0,
+        len: buffer.len,
+    }
 }
 
 /// Whether `len` bytes at `start` are all guest memory.
@@ -320,7 +344,9 @@ pub(super) fn is_memory(table: &Table, hint: &mut TableHint, start: GuestAddress
     let mut at = start.0;
     let mut rest = len;
     while rest > 0 {
-        let Some(piece) = table.lookup(hint, GuestAddress(at), rest) else { return false };
+        let Some(piece) = table.lookup(hint, GuestAddress(at), rest) else {
+            return false;
+        };
         let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
         rest -= piece_len;
         at = at.wrapping_add(u64::from(piece_len));
@@ -375,9 +401,10 @@ impl<R: TxRing> Lane for TxLane<R> {
         if given > 0 {
             self.guest.publish();
         }
-        let full = self.ring.as_ref().is_some_and(|ring| {
-            ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame)
-        });
+        let full = self
+            .ring
+            .as_ref()
+            .is_some_and(|ring| ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame));
         // With a full ring only the card's interrupt helps; what waits in the virtqueue must not keep us awake.
         given > 0 || (more && !full)
     }
@@ -394,7 +421,7 @@ impl<R: TxRing> Lane for TxLane<R> {
     }
 
     fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.as_ref().map(R::wake_fd)
+        self.ring.as_ref().and_then(R::wake_fd)
     }
 
     fn take_kick(&mut self) {
@@ -418,19 +445,9 @@ impl<R: TxRing> Lane for TxLane<R> {
         self.guest.err = err;
     }
 
-    fn set_table(&mut self, table: Arc<Table>, posted: Posted) -> Result<(), NicError> {
-        let mut result = Ok(());
-        if posted == Posted::Restart && !self.guest.retired {
-            result = self.quiesce();
-            self.rewind();
-            self.guest.publish();
-        }
+    fn set_table(&mut self, table: Arc<Table>) {
         self.guest.table = table;
         self.hint = TableHint::default();
-        if posted == Posted::Restart && self.link_up && result.is_ok() && !self.guest.retired {
-            result = self.ring.as_mut().map_or(Ok(()), R::start);
-        }
-        self.retire_on_error(result)
     }
 
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
@@ -447,7 +464,10 @@ impl<R: TxRing> Lane for TxLane<R> {
             self.guest.publish();
             stopped
         };
-        self.retire_on_error(result)
+        if let Err(error) = &result {
+            self.guest.retire(error);
+        }
+        result
     }
 
     fn stop(mut self: Box<Self>) -> Stopped {
@@ -458,6 +478,9 @@ impl<R: TxRing> Lane for TxLane<R> {
         if let Some(ring) = self.ring.take() {
             self.berth.put(ring);
         }
-        Stopped { first_unused: self.guest.virtq.first_unused(), card }
+        Stopped {
+            first_unused: self.guest.virtq.first_unused(),
+            card,
+        }
     }
 }

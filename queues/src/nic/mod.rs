@@ -172,8 +172,8 @@ pub trait Ring: Send + 'static {
     /// Keeps the interrupt quiet: the lane polls.
     fn disarm(&mut self);
 
-    /// What becomes readable when the interrupt is raised.
-    fn wake_fd(&self) -> BorrowedFd<'_>;
+    /// What becomes readable when the interrupt is raised; `None` for a ring that needs no interrupt.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Takes note of a wake-up and returns how many interrupts it stands for.
     fn acknowledge(&mut self) -> u64;
@@ -257,14 +257,22 @@ pub trait Nic: Send {
     /// # Errors
     ///
     /// [`NicError::NotFree`], or why the queue did not start.
-    fn rx_lane(&mut self, pair: u16, setup: crate::lane::LaneSetup) -> Result<Box<dyn crate::lane::Lane>, NicError>;
+    fn rx_lane(
+        &mut self,
+        pair: u16,
+        setup: crate::lane::LaneSetup,
+    ) -> Result<Box<dyn crate::lane::Lane>, NicError>;
 
     /// Takes the transmit ring of pair `pair` and makes it a lane over a guest's queue.
     ///
     /// # Errors
     ///
     /// As [`rx_lane`](Self::rx_lane).
-    fn tx_lane(&mut self, pair: u16, setup: crate::lane::LaneSetup) -> Result<Box<dyn crate::lane::Lane>, NicError>;
+    fn tx_lane(
+        &mut self,
+        pair: u16,
+        setup: crate::lane::LaneSetup,
+    ) -> Result<Box<dyn crate::lane::Lane>, NicError>;
 
     /// Resets the device and brings it up again. All its lanes have been stopped; none of its DMA survives.
     ///

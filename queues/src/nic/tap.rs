@@ -46,9 +46,21 @@ impl Tap {
     ///
     /// [`NicError::Call`] if the kernel refuses: no `/dev/net/tun`, no right to it, or another process has it.
     pub fn open(name: &str, mtu: u16, map: &MemoryMap) -> Result<Self, NicError> {
-        let failed = |call| move |source| NicError::Call { device: format!("tap:{name}"), call, source };
-        let builder = DeviceBuilder::new().name(name).layer(Layer::L2).mtu(mtu).enable(true);
-        let device = builder.build_sync().map_err(failed("opening the tap interface"))?;
+        let failed = |call| {
+            move |source| NicError::Call {
+                device: format!("tap:{name}"),
+                call,
+                source,
+            }
+        };
+        let builder = DeviceBuilder::new()
+            .name(name)
+            .layer(Layer::L2)
+            .mtu(mtu)
+            .enable(true);
+        let device = builder
+            .build_sync()
+            .map_err(failed("opening the tap interface"))?;
         device.set_nonblocking(true).map_err(failed("O_NONBLOCK"))?;
         let device = Arc::new(device);
         let bus = map.software_bus();
@@ -61,13 +73,22 @@ impl Tap {
         tracing::info!(tap = name, "a tap copies every frame: this is no zero-copy path");
         Ok(Self {
             name: format!("tap:{name}"),
-            rx: Berth::with(TapRxRing { shared: shared(), posted: VecDeque::with_capacity(RING) }),
-            tx: Berth::with(TapTxRing { shared: shared(), done: 0 }),
+            rx: Berth::with(TapRxRing {
+                shared: shared(),
+                posted: VecDeque::with_capacity(RING),
+            }),
+            tx: Berth::with(TapTxRing {
+                shared: shared(),
+                done: 0,
+            }),
         })
     }
 
     fn not_free(&self, pair: u16) -> NicError {
-        NicError::NotFree { device: self.name.clone(), pair }
+        NicError::NotFree {
+            device: self.name.clone(),
+            pair,
+        }
     }
 }
 
@@ -89,12 +110,20 @@ impl Nic for Tap {
     }
 
     fn rx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
-        let ring = self.rx.take().filter(|_| pair == 0).ok_or_else(|| self.not_free(pair))?;
+        let ring = self
+            .rx
+            .take()
+            .filter(|_| pair == 0)
+            .ok_or_else(|| self.not_free(pair))?;
         Ok(Box::new(RxLane::start(setup, ring, self.rx.clone())?))
     }
 
     fn tx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
-        let ring = self.tx.take().filter(|_| pair == 0).ok_or_else(|| self.not_free(pair))?;
+        let ring = self
+            .tx
+            .take()
+            .filter(|_| pair == 0)
+            .ok_or_else(|| self.not_free(pair))?;
         Ok(Box::new(TxLane::start(setup, ring, self.tx.clone())?))
     }
 
@@ -150,15 +179,6 @@ macro_rules! ring_of_a_file {
 
         fn disarm(&mut self) {}
 
-        fn wake_fd(&self) -> BorrowedFd<'_> {
-            self.shared.device.as_fd()
-        }
-
-        fn acknowledge(&mut self) -> u64 {
-            // Readable means frames, which harvesting takes; there is no event to clear.
-            1
-        }
-
         fn transfer(&self) -> Transfer {
             Transfer::Copy
         }
@@ -167,6 +187,15 @@ macro_rules! ring_of_a_file {
 
 impl Ring for TapTxRing {
     ring_of_a_file!();
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        // A frame is done when it is written.
+        None
+    }
+
+    fn acknowledge(&mut self) -> u64 {
+        0
+    }
 
     fn clear(&mut self) {
         self.done = 0;
@@ -189,7 +218,9 @@ impl TxRing for TapTxRing {
         let mut len = 0;
         for segment in segments {
             let end = len + segment.len as usize;
-            let Some(target) = self.shared.frame.get_mut(len..end) else { return };
+            let Some(target) = self.shared.frame.get_mut(len..end) else {
+                return;
+            };
             if let Err(fault) = self.shared.bus.read(segment.iova, target) {
                 tracing::error!(%fault, "a tap frame is lost");
                 return;
@@ -209,6 +240,15 @@ impl TxRing for TapTxRing {
 
 impl Ring for TapRxRing {
     ring_of_a_file!();
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.shared.device.as_fd())
+    }
+
+    fn acknowledge(&mut self) -> u64 {
+        // Readable means frames, which harvesting takes; there is no event to clear.
+        1
+    }
 
     fn clear(&mut self) {
         self.posted.clear();
@@ -231,14 +271,26 @@ impl RxRing for TapRxRing {
     fn harvest(&mut self) -> Option<Received> {
         let buffer = *self.posted.front()?;
         // An interface that is down or gone reads as an error, and so as no frame.
-        let len = self.shared.device.recv(&mut self.shared.frame).ok().filter(|len| *len > 0)?;
+        let len = self
+            .shared
+            .device
+            .recv(&mut self.shared.frame)
+            .ok()
+            .filter(|len| *len > 0)?;
         let frame = self.shared.frame.get(..len)?;
         self.posted.pop_front();
         let written = self.shared.bus.write(buffer, frame);
         if let Err(fault) = &written {
             tracing::error!(%fault, "a tap frame is lost");
         }
-        let verdict = if written.is_ok() { Verdict::Good } else { Verdict::Bad };
-        Some(Received { len: u32::try_from(len).unwrap_or(u32::MAX), verdict })
+        let verdict = if written.is_ok() {
+            Verdict::Good
+        } else {
+            Verdict::Bad
+        };
+        Some(Received {
+            len: u32::try_from(len).unwrap_or(u32::MAX),
+            verdict,
+        })
     }
 }

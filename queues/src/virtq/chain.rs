@@ -92,7 +92,11 @@ pub struct Chain {
 impl Chain {
     /// A chain with room for the longest one a queue of `size` can hold.
     pub fn with_room_for(size: u16) -> Self {
-        Self { buffers: Vec::with_capacity(size.into()), readable: 0, hint: TableHint::default() }
+        Self {
+            buffers: Vec::with_capacity(size.into()),
+            readable: 0,
+            hint: TableHint::default(),
+        }
     }
 
     /// Buffers the device may only read.
@@ -139,11 +143,16 @@ impl Chain {
         if at.flags & NEXT != 0 {
             return Err(ChainError::Indirect);
         }
-        let count = u16::try_from(at.len / DESCRIPTOR_BYTES).ok().filter(|count| *count > 0);
+        let count = u16::try_from(at.len / DESCRIPTOR_BYTES)
+            .ok()
+            .filter(|count| *count > 0);
         let Some(count) = count.filter(|_| at.len % DESCRIPTOR_BYTES == 0) else {
             return Err(ChainError::IndirectLen { len: at.len });
         };
-        let outside = ChainError::IndirectMemory { start: at.addr, len: at.len };
+        let outside = ChainError::IndirectMemory {
+            start: at.addr,
+            len: at.len,
+        };
         let start = GuestAddress(at.addr);
         let across_extents;
         let entries = match table.lookup(&mut self.hint, start, at.len) {
@@ -170,7 +179,10 @@ impl Chain {
             }
             index = descriptor.next;
             if index >= count {
-                return Err(ChainError::Next { next: index, size: count });
+                return Err(ChainError::Next {
+                    next: index,
+                    size: count,
+                });
             }
         }
         Err(ChainError::TooLong { size: most })
@@ -186,7 +198,10 @@ impl Chain {
         }
         // A card has no use for an empty buffer, and some stop at one.
         if descriptor.len != 0 {
-            self.buffers.push(Buffer { addr: GuestAddress(descriptor.addr), len: descriptor.len });
+            self.buffers.push(Buffer {
+                addr: GuestAddress(descriptor.addr),
+                len: descriptor.len,
+            });
         }
         Ok(())
     }

@@ -14,7 +14,8 @@ mod chain;
 mod notify;
 
 pub use chain::{Buffer, Chain, ChainError};
-pub use notify::Notification;
+use notify::Notification;
+pub use notify::WakeUps;
 use vfio_glue::memory::{UsedElement, VirtqMemory};
 
 /// How a guest broke its ring. The ring is retired; others go on.
@@ -69,10 +70,24 @@ impl Virtq {
     /// A base that disagrees with the used index in memory is wrong: virtio-user always sends 0, and chains
     /// between the two were taken by a predecessor and never given back. The used index wins, and is returned in
     /// place of the base (TRAPS 13).
-    pub fn start(memory: VirtqMemory, base: u16, notification: Notification) -> (Self, Result<(), Healed>) {
+    pub fn start(memory: VirtqMemory, base: u16, wake_ups: WakeUps) -> (Self, Result<(), Healed>) {
         let used = memory.used_idx();
-        let healed = if used == base { Ok(()) } else { Err(Healed { base, used }) };
-        (Self { memory, next_avail: used, seen_avail: used, next_used: used, notification }, healed)
+        let notification = Notification::new(wake_ups, used);
+        let healed = if used == base {
+            Ok(())
+        } else {
+            Err(Healed { base, used })
+        };
+        (
+            Self {
+                memory,
+                next_avail: used,
+                seen_avail: used,
+                next_used: used,
+                notification,
+            },
+            healed,
+        )
     }
 
     /// Number of entries.
@@ -107,16 +122,26 @@ impl Virtq {
     ///
     /// [`VirtqError`] if the driver broke the format. Nothing is consumed then.
     #[inline]
-    pub fn pop(&mut self, table: &vfio_glue::memory::Table, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
+    pub fn pop(
+        &mut self,
+        table: &vfio_glue::memory::Table,
+        chain: &mut Chain,
+    ) -> Result<Option<u16>, VirtqError> {
         if self.next_avail == self.seen_avail && !self.look()? {
             return Ok(None);
         }
         let size = self.memory.size();
         let head = self.memory.avail_entry(self.next_avail);
         if head >= size {
-            return Err(VirtqError::Head { position: self.next_avail, head, size });
+            return Err(VirtqError::Head {
+                position: self.next_avail,
+                head,
+                size,
+            });
         }
-        chain.read(&self.memory, table, head).map_err(|source| VirtqError::Chain { head, source })?;
+        chain
+            .read(&self.memory, table, head)
+            .map_err(|source| VirtqError::Chain { head, source })?;
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(head))
     }
@@ -136,7 +161,11 @@ impl Virtq {
         // Counted from the first entry not given back: an entry still in flight cannot be offered again.
         let size = self.memory.size();
         if to.wrapping_sub(self.next_used) > size || to.wrapping_sub(self.next_avail) > size {
-            return Err(VirtqError::AvailIndex { from: self.next_avail, to, size });
+            return Err(VirtqError::AvailIndex {
+                from: self.next_avail,
+                to,
+                size,
+            });
         }
         self.seen_avail = to;
         Ok(to != self.next_avail)

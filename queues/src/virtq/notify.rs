@@ -8,31 +8,32 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
 /// How wake-ups are suppressed on a queue, as negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WakeUps {
+    /// VIRTIO_F_EVENT_IDX: each side says at which index it wants to be woken.
+    ByEventIdx,
+    /// Without it: one flag each way.
+    ByFlag,
+}
+
+/// The decisions of one queue.
 #[derive(Clone, Copy, Debug)]
-pub struct Notification {
-    mode: Mode,
+pub(super) struct Notification {
+    wake_ups: WakeUps,
     /// The used index at the last decision.
     decided_at: u16,
+    /// The next decision is yes: the driver may have missed one, before a start or a change of descriptors.
     forced: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    /// VIRTIO_F_EVENT_IDX: each side says at which index it wants to be woken.
-    EventIdx,
-    /// One flag each way.
-    Flag,
-}
-
 impl Notification {
-    /// With VIRTIO_F_EVENT_IDX. `used` is the used index at the start.
-    pub fn by_event_idx(used: u16) -> Self {
-        Self { mode: Mode::EventIdx, decided_at: used, forced: true }
-    }
-
-    /// Without it.
-    pub fn by_flag(used: u16) -> Self {
-        Self { mode: Mode::Flag, decided_at: used, forced: true }
+    /// `used` is the used index at the start.
+    pub(super) fn new(wake_ups: WakeUps, used: u16) -> Self {
+        Self {
+            wake_ups,
+            decided_at: used,
+            forced: true,
+        }
     }
 
     pub(super) fn force(&mut self) {
@@ -49,29 +50,29 @@ impl Notification {
         }
         // Our index must be out before the driver's wish is read, else both sides wait (virtio 1.2 §2.7.13.4).
         VirtqMemory::full_barrier();
-        match self.mode {
-            Mode::EventIdx => {
+        match self.wake_ups {
+            WakeUps::ByEventIdx => {
                 let event = memory.used_event();
                 forced || used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
             }
-            Mode::Flag => memory.avail_flags() & AVAIL_F_NO_INTERRUPT == 0,
+            WakeUps::ByFlag => memory.avail_flags() & AVAIL_F_NO_INTERRUPT == 0,
         }
     }
 
     pub(super) fn ask_for_kicks(&mut self, memory: &VirtqMemory, next_avail: u16) {
-        match self.mode {
-            Mode::EventIdx => memory.store_avail_event(next_avail),
-            Mode::Flag => memory.store_used_flags(0),
+        match self.wake_ups {
+            WakeUps::ByEventIdx => memory.store_avail_event(next_avail),
+            WakeUps::ByFlag => memory.store_used_flags(0),
         }
         // The wish must be out before the caller looks once more.
         VirtqMemory::full_barrier();
     }
 
     pub(super) fn refuse_kicks(&mut self, memory: &VirtqMemory) {
-        match self.mode {
+        match self.wake_ups {
             // The event index stays where it is: the driver passes it once and is then silent for 2^16 entries.
-            Mode::EventIdx => {}
-            Mode::Flag => memory.store_used_flags(USED_F_NO_NOTIFY),
+            WakeUps::ByEventIdx => {}
+            WakeUps::ByFlag => memory.store_used_flags(USED_F_NO_NOTIFY),
         }
     }
 }

@@ -17,5 +17,5 @@ pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
 pub use mapping::{FileError, HostRange, HostSlice, page_bytes};
 pub(crate) use region::RegionPiece;
 pub use region::{Region, RegionSpec};
-pub use table::{Piece, Table, TableHint};
+pub use table::{OverlapError, Piece, Table, TableHint};
 pub use virtq_memory::{RawDescriptor, UsedElement, VirtqMemory, VirtqMemoryError, read_indirect};

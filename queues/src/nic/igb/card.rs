@@ -38,7 +38,11 @@ impl FrameBound {
     /// The bound for frames of `mtu` bytes of payload, one VLAN tag allowed.
     pub(super) fn for_mtu(mtu: u16) -> Self {
         let stored = u32::from(mtu) + Self::ETHERNET_HEADER + Self::TAG;
-        Self { stored, on_wire: stored + Self::FRAME_CHECK, buffer_kib: stored.div_ceil(1024) }
+        Self {
+            stored,
+            on_wire: stored + Self::FRAME_CHECK,
+            buffer_kib: stored.div_ceil(1024),
+        }
     }
 }
 
@@ -72,7 +76,16 @@ impl Card {
         bound: FrameBound,
     ) -> Self {
         let emulated = AtomicBool::new(false);
-        Self { inner: Arc::new(Inner { name: name.to_owned(), family, registers, clock, bound, emulated }) }
+        Self {
+            inner: Arc::new(Inner {
+                name: name.to_owned(),
+                family,
+                registers,
+                clock,
+                bound,
+                emulated,
+            }),
+        }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -123,7 +136,9 @@ impl Card {
     /// The card answers with all ones when it is gone.
     pub(super) fn check_present(&self) -> Result<(), NicError> {
         if self.read(Reg::STATUS) == u32::MAX {
-            return Err(NicError::Gone { device: self.name().to_owned() });
+            return Err(NicError::Gone {
+                device: self.name().to_owned(),
+            });
         }
         Ok(())
     }
@@ -145,7 +160,11 @@ impl Card {
             return self.check_present();
         }
         let (device, queue) = (self.name().to_owned(), format!("{direction} {queue}"));
-        Err(NicError::WillNotStart { device, queue, bound_ms: QUEUE_BOUND.as_millis() })
+        Err(NicError::WillNotStart {
+            device,
+            queue,
+            bound_ms: QUEUE_BOUND.as_millis(),
+        })
     }
 
     /// Disables a queue and waits until its DMA is over.
@@ -163,7 +182,11 @@ impl Card {
             return Ok(());
         }
         let (device, queue) = (self.name().to_owned(), format!("{direction} {queue}"));
-        Err(NicError::WillNotStop { device, queue, bound_ms: QUEUE_BOUND.as_millis() })
+        Err(NicError::WillNotStop {
+            device,
+            queue,
+            bound_ms: QUEUE_BOUND.as_millis(),
+        })
     }
 
     pub(super) fn unmask(&self, vector: &Vector) {
@@ -189,7 +212,10 @@ pub(super) struct Vector {
 
 impl Vector {
     pub(super) fn new(index: u16) -> std::io::Result<Self> {
-        Ok(Self { index, event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)? })
+        Ok(Self {
+            index,
+            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+        })
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {

@@ -63,7 +63,10 @@ pub(super) fn tx_data(segment: Segment, packet_len: u32, place: Place) -> Descri
         Place::Last => END_OF_PACKET | REPORT_STATUS,
     };
     let command = u64::from(segment.len) | TYPE_DATA | EXTENSION | INSERT_FCS | last;
-    [segment.iova.raw(), command | u64::from(packet_len) << PAYLEN_SHIFT]
+    [
+        segment.iova.raw(),
+        command | u64::from(packet_len) << PAYLEN_SHIFT,
+    ]
 }
 
 /// Whether a transmit descriptor's second word says that the card is done with it.
@@ -77,10 +80,17 @@ mod tests {
 
     #[test]
     fn a_data_descriptor_is_laid_out_as_in_the_book() {
-        let segment = Segment { iova: Iova::new(0x1_2345_6789), len: 0x5ea };
+        let segment = Segment {
+            iova: Iova::new(0x1_2345_6789),
+            len: 0x5ea,
+        };
         let [address, rest] = tx_data(segment, 0x5ea, Place::Last);
         assert_eq!(address, 0x1_2345_6789);
-        assert_eq!(rest & 0xffff_ffff, 0x2b30_05ea, "EOP, IFCS, RS, DEXT, type 3, length");
+        assert_eq!(
+            rest & 0xffff_ffff,
+            0x2b30_05ea,
+            "EOP, IFCS, RS, DEXT, type 3, length"
+        );
         assert_eq!(rest >> 32, 0x5ea << 14, "PAYLEN at 31:14, status 0");
         let [_, middle] = tx_data(segment, 0, Place::Middle);
         assert_eq!(middle, 0x2230_05ea);

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::card::Card;
 use super::regs::{
-    ADDRESS_VALID, CTRL_EXT_DRIVER_LOADED, Ctrl, EECD_AUTO_READ_DONE, PoolOffload, QueueReg, RFCTL_IPV6_EX_DISABLE, RXCSUM_ALL, Rctl, Reg, Status,
-    TCTL_PAD, TCTL_RUN,
+    ADDRESS_VALID, CTRL_EXT_DRIVER_LOADED, Ctrl, EECD_AUTO_READ_DONE, PoolOffload, QueueReg,
+    RFCTL_IPV6_EX_DISABLE, RXCSUM_ALL, Rctl, Reg, Status, TCTL_PAD, TCTL_RUN,
 };
 use crate::nic::NicError;
 
@@ -19,9 +19,14 @@ const FLUSH: Duration = Duration::from_millis(10);
 pub(super) fn reset(card: &Card) -> Result<(), NicError> {
     card.check_present()?;
     card.set(Reg::CTRL, Ctrl::MASTER_DISABLE.bits());
-    let quiet = card.wait(MASTER_BOUND, &mut || card.read(Reg::STATUS) & Status::MASTER_ENABLED.bits() == 0);
+    let quiet = card.wait(MASTER_BOUND, &mut || {
+        card.read(Reg::STATUS) & Status::MASTER_ENABLED.bits() == 0
+    });
     if !quiet {
-        tracing::debug!(card = card.name(), "requests still pending at reset, going on as the datasheet says");
+        tracing::debug!(
+            card = card.name(),
+            "requests still pending at reset, going on as the datasheet says"
+        );
     }
     mask_all(card);
     card.write(Reg::RCTL, 0);
@@ -35,7 +40,10 @@ pub(super) fn reset(card: &Card) -> Result<(), NicError> {
     // No error if it does not come: some boards have no NVM, and QEMU's model never shows it.
     let loaded = card.wait(NVM_BOUND, &mut || card.read(Reg::EECD) & EECD_AUTO_READ_DONE != 0);
     if !loaded {
-        tracing::info!(card = card.name(), "no NVM auto-read: taken for an emulated card, tx segments are cut at pages");
+        tracing::info!(
+            card = card.name(),
+            "no NVM auto-read: taken for an emulated card, tx segments are cut at pages"
+        );
     }
     card.set_emulated(!loaded);
     mask_all(card);
@@ -63,7 +71,10 @@ pub(super) fn configure(card: &Card) {
     card.write(Reg::RXCSUM, RXCSUM_ALL);
     card.set(Reg::RFCTL, RFCTL_IPV6_EX_DISABLE);
     card.write(Reg::RLPML, bound.on_wire);
-    let pool = PoolOffload::LONG_PACKETS | PoolOffload::ACCEPT_UNTAGGED | PoolOffload::BROADCAST | PoolOffload::STRIP_CRC;
+    let pool = PoolOffload::LONG_PACKETS
+        | PoolOffload::ACCEPT_UNTAGGED
+        | PoolOffload::BROADCAST
+        | PoolOffload::STRIP_CRC;
     card.write(Reg::pool_offload(0), pool.bits() | bound.on_wire);
     card.write(Reg::TCTL, TCTL_RUN);
     // The guest chooses its address and the groups it listens to, and tells nobody here: everything comes in.

@@ -18,19 +18,33 @@ const FIRMWARE: u32 = 16;
 /// Starts autonegotiation. The link comes up seconds later on real cables, after half a second in QEMU.
 pub(super) fn bring_up(card: &Card) {
     let ctrl = Ctrl::from_bits_retain(card.read(Reg::CTRL));
-    let forced = Ctrl::FORCE_SPEED | Ctrl::FORCE_DUPLEX | Ctrl::VLAN_STRIP | Ctrl::RX_FLOW_CONTROL | Ctrl::TX_FLOW_CONTROL;
+    let forced = Ctrl::FORCE_SPEED
+        | Ctrl::FORCE_DUPLEX
+        | Ctrl::VLAN_STRIP
+        | Ctrl::RX_FLOW_CONTROL
+        | Ctrl::TX_FLOW_CONTROL;
     card.write(Reg::CTRL, ((ctrl | Ctrl::SET_LINK_UP) - forced).bits());
     if card.family().has_phy_power_management() {
         card.write(Reg::PHPM, card.read(Reg::PHPM) & !PHPM_GO_LINK_DOWN);
     }
     let held = take_phy(card);
     if !held {
-        tracing::warn!(card = card.name(), "firmware keeps the PHY, going on without the semaphore");
+        tracing::warn!(
+            card = card.name(),
+            "firmware keeps the PHY, going on without the semaphore"
+        );
     }
     // Without its restart the link of an emulated card never comes up after a reset.
     match phy_read(card, mdic::BMCR) {
-        Some(control) => phy_write(card, mdic::BMCR, control & !mdic::BMCR_POWER_DOWN | mdic::BMCR_AUTONEG),
-        None => tracing::warn!(card = card.name(), "the PHY does not answer, the link may stay down"),
+        Some(control) => phy_write(
+            card,
+            mdic::BMCR,
+            control & !mdic::BMCR_POWER_DOWN | mdic::BMCR_AUTONEG,
+        ),
+        None => tracing::warn!(
+            card = card.name(),
+            "the PHY does not answer, the link may stay down"
+        ),
     }
     if held {
         give_phy(card);
@@ -59,7 +73,12 @@ fn phy_read(card: &Card, register: u32) -> Option<u32> {
 }
 
 fn phy_write(card: &Card, register: u32, value: u32) {
-    if command(card, mdic::WRITE | mdic::at(card.family().phy_address(), register) | value).is_none() {
+    if command(
+        card,
+        mdic::WRITE | mdic::at(card.family().phy_address(), register) | value,
+    )
+    .is_none()
+    {
         tracing::warn!(card = card.name(), register, "a PHY write failed");
     }
 }

@@ -76,11 +76,22 @@ impl Igb {
         let function = Arc::clone(device.function());
         let id = identity(function.as_ref())?;
         let name = function.name().to_owned();
-        let unknown = || NicError::Unknown { device: name.clone(), vendor: id.vendor, id: id.device };
-        let family = Some(id.device).filter(|_| id.vendor == INTEL).and_then(Family::of).ok_or_else(unknown)?;
+        let unknown = || NicError::Unknown {
+            device: name.clone(),
+            vendor: id.vendor,
+            id: id.device,
+        };
+        let family = Some(id.device)
+            .filter(|_| id.vendor == INTEL)
+            .and_then(Family::of)
+            .ok_or_else(unknown)?;
         function.reset()?;
         let card = Card::new(&name, family, function.bar(0)?, clock, FrameBound::for_mtu(mtu));
-        let failed = |source| NicError::Call { device: name.clone(), call: "eventfd", source };
+        let failed = |source| NicError::Call {
+            device: name.clone(),
+            call: "eventfd",
+            source,
+        };
 
         let mut pairs = Vec::new();
         for queue in 0..PAIRS.min(family.queue_pairs()) {
@@ -97,10 +108,21 @@ impl Igb {
         }
         let link_vector = Vector::new(2 * PAIRS).map_err(failed)?;
         function.set_vector(link_vector.index, Some(link_vector.event()))?;
-        let mut igb = Self { card, mac: None, pairs, link_vector, device };
+        let mut igb = Self {
+            card,
+            mac: None,
+            pairs,
+            link_vector,
+            device,
+        };
         igb.bring_up()?;
         let mac = igb.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":"));
-        tracing::info!(card = name, family = family.as_str(), mac, "card is up, link negotiates");
+        tracing::info!(
+            card = name,
+            family = family.as_str(),
+            mac,
+            "card is up, link negotiates"
+        );
         Ok(igb)
     }
 
@@ -133,7 +155,10 @@ impl Igb {
             let others = card.read(Reg::queue_vector(word)) & !(0xffff << shift);
             card.write(Reg::queue_vector(word), others | bytes << shift);
         }
-        card.write(Reg::IVAR_MISC, (u32::from(self.link_vector.index) | IVAR_VALID) << 8);
+        card.write(
+            Reg::IVAR_MISC,
+            (u32::from(self.link_vector.index) | IVAR_VALID) << 8,
+        );
         card.write(Reg::EIAC, all);
         for vector in 0..=u32::from(self.link_vector.index) {
             card.write(Reg::moderation(vector), 0);
@@ -143,11 +168,16 @@ impl Igb {
     }
 
     fn pair(&self, pair: u16) -> Result<&Pair, NicError> {
-        self.pairs.get(usize::from(pair)).ok_or_else(|| self.not_free(pair))
+        self.pairs
+            .get(usize::from(pair))
+            .ok_or_else(|| self.not_free(pair))
     }
 
     fn not_free(&self, pair: u16) -> NicError {
-        NicError::NotFree { device: self.name(), pair }
+        NicError::NotFree {
+            device: self.name(),
+            pair,
+        }
     }
 }
 

@@ -54,7 +54,9 @@ impl Reg {
 
     /// The words of the three filter tables, all to be zeroed.
     pub(super) fn filter_tables() -> impl Iterator<Item = Self> {
-        [Self::MTA, Self::VFTA, Self::UTA].into_iter().flat_map(|table| (0..128).map(move |word| Self(table + 4 * word)))
+        [Self::MTA, Self::VFTA, Self::UTA]
+            .into_iter()
+            .flat_map(|table| (0..128).map(move |word| Self(table + 4 * word)))
     }
 
     pub(super) const fn pool_offload(pool: u32) -> Self {

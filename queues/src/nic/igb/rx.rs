@@ -13,12 +13,14 @@ use vfio_glue::memory::DescriptorRing;
 
 use super::card::{Card, Vector};
 use super::desc::{self, RxReport};
-use super::regs::{QUEUE_ENABLE, QUEUE_STRIP_CRC, QueueReg, RX_THRESHOLDS, SPLIT_ADVANCED_ONE_BUFFER, SPLIT_DROP};
+use super::regs::{
+    QUEUE_ENABLE, QUEUE_STRIP_CRC, QueueReg, RX_THRESHOLDS, SPLIT_ADVANCED_ONE_BUFFER, SPLIT_DROP,
+};
 use crate::nic::{NicError, Received, Ring, RxRing, Transfer, Verdict};
 
 /// One receive queue of an igb card.
 #[derive(Debug)]
-pub struct IgbRxRing {
+pub(super) struct IgbRxRing {
     card: Card,
     queue: u32,
     ring: DescriptorRing,
@@ -36,7 +38,17 @@ pub struct IgbRxRing {
 
 impl IgbRxRing {
     pub(super) fn new(card: Card, queue: u32, ring: DescriptorRing, vector: Vector) -> Self {
-        Self { card, queue, ring, vector, fill: 0, oldest: 0, told: 0, in_torn_frame: false, running: false }
+        Self {
+            card,
+            queue,
+            ring,
+            vector,
+            fill: 0,
+            oldest: 0,
+            told: 0,
+            in_torn_frame: false,
+            running: false,
+        }
     }
 
     fn slot(&self, position: u32) -> u32 {
@@ -54,7 +66,8 @@ impl Ring for IgbRxRing {
         if self.card.family().has_queue_offload() {
             self.card.write(at(QueueReg::OFFLOAD), QUEUE_STRIP_CRC);
         }
-        self.card.write(at(QueueReg::CONTROL), QUEUE_ENABLE | RX_THRESHOLDS);
+        self.card
+            .write(at(QueueReg::CONTROL), QUEUE_ENABLE | RX_THRESHOLDS);
         self.card.wait_enabled(at(QueueReg::CONTROL), "rx", self.queue)?;
         (self.fill, self.oldest, self.told) = (0, 0, 0);
         self.in_torn_frame = false;
@@ -66,7 +79,8 @@ impl Ring for IgbRxRing {
         if !std::mem::take(&mut self.running) {
             return Ok(());
         }
-        self.card.disable_queue(QueueReg::CONTROL.rx(self.queue), RX_THRESHOLDS, "rx", self.queue)
+        self.card
+            .disable_queue(QueueReg::CONTROL.rx(self.queue), RX_THRESHOLDS, "rx", self.queue)
     }
 
     fn clear(&mut self) {
@@ -81,7 +95,8 @@ impl Ring for IgbRxRing {
     fn flush(&mut self) {
         if self.told != self.fill {
             self.told = self.fill;
-            self.card.write(QueueReg::TAIL.rx(self.queue), self.slot(self.fill));
+            self.card
+                .write(QueueReg::TAIL.rx(self.queue), self.slot(self.fill));
         }
     }
 
@@ -93,8 +108,8 @@ impl Ring for IgbRxRing {
         self.card.mask(&self.vector);
     }
 
-    fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.vector.event()
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.vector.event())
     }
 
     fn acknowledge(&mut self) -> u64 {
@@ -131,6 +146,9 @@ impl RxRing for IgbRxRing {
         // The bound makes a frame over two buffers impossible; if one comes all the same, no part is passed on.
         let torn = std::mem::replace(&mut self.in_torn_frame, !report.is_whole());
         let sound = report.is_whole() && !torn && !report.is_damaged() && report.len() > 0;
-        Some(Received { len: report.len(), verdict: if sound { Verdict::Good } else { Verdict::Bad } })
+        Some(Received {
+            len: report.len(),
+            verdict: if sound { Verdict::Good } else { Verdict::Bad },
+        })
     }
 }

@@ -24,7 +24,7 @@ const EMULATED_SPLIT: u64 = 4096;
 
 /// One transmit queue of an igb card.
 #[derive(Debug)]
-pub struct IgbTxRing {
+pub(super) struct IgbTxRing {
     card: Card,
     queue: u32,
     ring: DescriptorRing,
@@ -43,7 +43,17 @@ pub struct IgbTxRing {
 impl IgbTxRing {
     pub(super) fn new(card: Card, queue: u32, ring: DescriptorRing, vector: Vector) -> Self {
         let ends = VecDeque::with_capacity(ring.count() as usize);
-        Self { card, queue, ring, vector, fill: 0, oldest: 0, told: 0, ends, running: false }
+        Self {
+            card,
+            queue,
+            ring,
+            vector,
+            fill: 0,
+            oldest: 0,
+            told: 0,
+            ends,
+            running: false,
+        }
     }
 
     fn slot(&self, position: u32) -> u32 {
@@ -51,7 +61,8 @@ impl IgbTxRing {
     }
 
     fn put(&mut self, segment: Segment, packet_len: u32, place: Place) {
-        self.ring.write(self.fill, desc::tx_data(segment, packet_len, place));
+        self.ring
+            .write(self.fill, desc::tx_data(segment, packet_len, place));
         self.fill = self.fill.wrapping_add(1);
     }
 }
@@ -60,7 +71,8 @@ impl Ring for IgbTxRing {
     fn start(&mut self) -> Result<(), NicError> {
         let at = |reg: QueueReg| reg.tx(self.queue);
         self.card.program_ring(&self.ring, at);
-        self.card.write(at(QueueReg::CONTROL), QUEUE_ENABLE | TX_THRESHOLDS);
+        self.card
+            .write(at(QueueReg::CONTROL), QUEUE_ENABLE | TX_THRESHOLDS);
         self.card.wait_enabled(at(QueueReg::CONTROL), "tx", self.queue)?;
         (self.fill, self.oldest, self.told) = (0, 0, 0);
         self.ends.clear();
@@ -78,7 +90,11 @@ impl Ring for IgbTxRing {
         let card = &self.card;
         let drained = card.wait(DRAIN_BOUND, &mut || card.read(head) == tail);
         if !drained {
-            tracing::debug!(card = card.name(), queue = self.queue, "tx queue stopped with frames in it");
+            tracing::debug!(
+                card = card.name(),
+                queue = self.queue,
+                "tx queue stopped with frames in it"
+            );
         }
         card.disable_queue(QueueReg::CONTROL.tx(self.queue), TX_THRESHOLDS, "tx", self.queue)
     }
@@ -97,7 +113,8 @@ impl Ring for IgbTxRing {
     fn flush(&mut self) {
         if self.told != self.fill {
             self.told = self.fill;
-            self.card.write(QueueReg::TAIL.tx(self.queue), self.slot(self.fill));
+            self.card
+                .write(QueueReg::TAIL.tx(self.queue), self.slot(self.fill));
         }
     }
 
@@ -109,8 +126,8 @@ impl Ring for IgbTxRing {
         self.card.mask(&self.vector);
     }
 
-    fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.vector.event()
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.vector.event())
     }
 
     fn acknowledge(&mut self) -> u64 {
@@ -127,7 +144,11 @@ impl TxRing for IgbTxRing {
 
     fn descriptors_for(&self, segments: usize, len: u32) -> usize {
         // Every segment may be cut at pages: one more piece each, and one for each page of the frame.
-        let cuts = if self.card.is_emulated() { len as usize / 4096 + 1 + segments } else { 0 };
+        let cuts = if self.card.is_emulated() {
+            len as usize / 4096 + 1 + segments
+        } else {
+            0
+        };
         segments + cuts
     }
 
@@ -147,11 +168,22 @@ impl TxRing for IgbTxRing {
                         break;
                     }
                     let len = u32::try_from(to_border).unwrap_or(rest.len);
-                    self.put(Segment { iova: rest.iova, len }, std::mem::take(&mut first_len), Place::Middle);
-                    rest = Segment { iova: rest.iova.offset(to_border), len: rest.len - len };
+                    self.put(
+                        Segment { iova: rest.iova, len },
+                        std::mem::take(&mut first_len),
+                        Place::Middle,
+                    );
+                    rest = Segment {
+                        iova: rest.iova.offset(to_border),
+                        len: rest.len - len,
+                    };
                 }
             }
-            let place = if index + 1 == count { Place::Last } else { Place::Middle };
+            let place = if index + 1 == count {
+                Place::Last
+            } else {
+                Place::Middle
+            };
             self.put(rest, std::mem::take(&mut first_len), place);
         }
         self.ends.push_back(self.fill.wrapping_sub(1));

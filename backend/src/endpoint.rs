@@ -1,0 +1,323 @@
+//! Where front-ends come from: a socket we listen on, one we connect to, or a descriptor we inherited.
+//!
+//! ```text
+//! Endpoint ──one front-end at a time──▶ connection::serve
+//! ```
+//!
+//! A port has one front-end at a time. A second one is turned away, unless the first has gone and is only being
+//! cleaned up after: then it waits for that.
+//!
+//! Read with: vhost-user, "Backend program conventions".
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use config::SocketSpec;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+
+use crate::connection::{self, End, has_hung_up};
+use crate::port::Port;
+use crate::session::Session;
+use crate::signals::{Stop, Woken};
+
+/// How long to wait before connecting again, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// How long a front-end that has closed its socket may take to be seen to have.
+const HANG_UP_STEP: Duration = Duration::from_millis(10);
+const HANG_UP_LOOKS: u32 = 20;
+
+/// Why no front-end can come.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// Another process listens there.
+    #[error("socket path {} is in use by another process", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something that is no socket is there.
+    #[error("socket path {} exists and is no socket; it is left alone", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The folder is missing.
+    #[error("socket path {}: its folder {} does not exist", path.display(), folder.display())]
+    NoFolder {
+        /// The path.
+        path: PathBuf,
+        /// The folder that is missing.
+        folder: PathBuf,
+    },
+    /// Another failure.
+    #[error("socket path {}: {call} failed", path.display())]
+    Call {
+        /// The path.
+        path: PathBuf,
+        /// Which call.
+        call: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The inherited descriptor is no UNIX stream socket.
+    #[error("descriptor {fd} cannot be used as a socket")]
+    Inherited {
+        /// Its number.
+        fd: i32,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+}
+
+/// A way for front-ends to come, ready.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// They connect to us.
+    Listen {
+        /// The socket.
+        listener: UnixListener,
+        /// Its path, if it is ours to remove.
+        path: Option<PathBuf>,
+    },
+    /// We connect to them.
+    Connect {
+        /// Their socket.
+        path: PathBuf,
+    },
+    /// One is connected already; there will be no other.
+    Connected {
+        /// The socket.
+        stream: UnixStream,
+    },
+}
+
+impl Endpoint {
+    /// Makes an endpoint ready. Nobody is served yet.
+    ///
+    /// # Errors
+    ///
+    /// [`EndpointError`].
+    pub fn open(spec: &SocketSpec) -> Result<Self, EndpointError> {
+        match spec {
+            SocketSpec::Listen { path, mode } => {
+                let listener = listen(path, *mode)?;
+                Ok(Self::Listen {
+                    listener,
+                    path: Some(path.clone()),
+                })
+            }
+            SocketSpec::Connect { path } => Ok(Self::Connect { path: path.clone() }),
+            SocketSpec::Inherited { fd } => inherit(*fd),
+        }
+    }
+
+    /// Serves front-ends for `port`, one after the other, until the process stops or none can come any more.
+    pub fn serve(self, port: &Arc<Port>, stop: &Stop) {
+        match self {
+            Self::Listen { listener, path } => {
+                serve_listener(&listener, port, stop);
+                if let Some(path) = path {
+                    // Gone already is as good.
+                    let _ = std::fs::remove_file(path);
+                }
+            }
+            Self::Connect { path } => serve_by_connecting(&path, port, stop),
+            Self::Connected { stream } => serve_one(stream, port, stop),
+        }
+    }
+}
+
+/// Binds a listening socket with the given mode. A socket that nobody listens on any more is replaced.
+///
+/// # Errors
+///
+/// [`EndpointError`].
+pub fn listen(path: &Path, mode: u32) -> Result<UnixListener, EndpointError> {
+    let failed = |call| {
+        move |source| EndpointError::Call {
+            path: path.to_owned(),
+            call,
+            source,
+        }
+    };
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        return Err(EndpointError::NoFolder {
+            path: path.to_owned(),
+            folder: folder.to_owned(),
+        });
+    }
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed("stat")(error)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(EndpointError::NotASocket {
+                path: path.to_owned(),
+            });
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                tracing::info!(path = %path.display(), "replacing a socket that nobody listens on");
+                std::fs::remove_file(path).map_err(failed("unlink"))?;
+            }
+            Ok(_) => {
+                return Err(EndpointError::InUse {
+                    path: path.to_owned(),
+                });
+            }
+            Err(error) => return Err(failed("connect")(error)),
+        },
+    }
+    // Private from the first moment: nobody connects between bind and chmod.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = UnixListener::bind(path);
+    rustix::process::umask(before);
+    let listener = bound.map_err(failed("bind"))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed("chmod"))?;
+    listener.set_nonblocking(true).map_err(failed("O_NONBLOCK"))?;
+    Ok(listener)
+}
+
+/// Takes over a descriptor that the starter left open, listening or connected.
+fn inherit(fd: i32) -> Result<Endpoint, EndpointError> {
+    let failed = |source: rustix::io::Errno| EndpointError::Inherited {
+        fd,
+        source: source.into(),
+    };
+    let myself: Pid = getpid();
+    let pidfd = pidfd_open(myself, PidfdFlags::empty()).map_err(failed)?;
+    let socket: OwnedFd = pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()).map_err(failed)?;
+    if rustix::net::sockopt::socket_domain(&socket).map_err(failed)? != rustix::net::AddressFamily::UNIX {
+        return Err(failed(rustix::io::Errno::AFNOSUPPORT));
+    }
+    if rustix::net::sockopt::socket_acceptconn(&socket).map_err(failed)? {
+        let listener = UnixListener::from(socket);
+        listener
+            .set_nonblocking(true)
+            .map_err(|source| EndpointError::Inherited { fd, source })?;
+        return Ok(Endpoint::Listen { listener, path: None });
+    }
+    Ok(Endpoint::Connected {
+        stream: UnixStream::from(socket),
+    })
+}
+
+/// A front-end being served by a thread of its own.
+struct Current {
+    watch: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Current {
+    /// Whether it is still there. One that has just closed its socket is given a moment to be seen to.
+    fn is_there(&self) -> bool {
+        !self.thread.is_finished() && !has_hung_up(&self.watch)
+    }
+}
+
+fn serve_listener(listener: &UnixListener, port: &Arc<Port>, stop: &Stop) {
+    let mut current: Option<Current> = None;
+    while stop.wait(Some(listener.as_fd()), None) == Woken::Ready {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
+            Err(error) => {
+                tracing::error!(port = port.name(), %error, "accept failed");
+                // Out of descriptors, most likely: no spinning while it lasts.
+                stop.wait(None, Some(RETRY.0));
+                continue;
+            }
+        };
+        if current.as_ref().is_some_and(|current| stays(current, stop)) {
+            tracing::warn!(
+                port = port.name(),
+                "a second front-end is turned away: the port has one"
+            );
+            continue;
+        }
+        if let Some(gone) = current.take() {
+            finish(gone, port);
+        }
+        current = spawn(stream, port, stop);
+    }
+    if let Some(last) = current {
+        finish(last, port);
+    }
+}
+
+/// Whether the present front-end is there to stay, after a moment for one that is just leaving.
+fn stays(current: &Current, stop: &Stop) -> bool {
+    for _ in 0..HANG_UP_LOOKS {
+        if !current.is_there() || stop.wait(None, Some(HANG_UP_STEP)) == Woken::Stop {
+            return false;
+        }
+    }
+    true
+}
+
+fn finish(current: Current, port: &Port) {
+    if current.thread.join().is_err() {
+        tracing::error!(port = port.name(), "the connection's thread panicked");
+    }
+}
+
+fn spawn(stream: UnixStream, port: &Arc<Port>, stop: &Stop) -> Option<Current> {
+    let failed =
+        |error: std::io::Error| tracing::error!(port = port.name(), %error, "a front-end cannot be served");
+    if let Err(error) = stream.set_nonblocking(false) {
+        failed(error);
+        return None;
+    }
+    let watch = stream.try_clone().map_err(failed).ok()?;
+    let (for_thread, stop) = (Arc::clone(port), stop.clone());
+    let thread = std::thread::Builder::new()
+        .name(format!("front-end {}", port.name()))
+        .spawn(move || serve_one(stream, &for_thread, &stop));
+    thread
+        .map_err(failed)
+        .ok()
+        .map(|thread| Current { watch, thread })
+}
+
+fn serve_one(stream: UnixStream, port: &Arc<Port>, stop: &Stop) {
+    tracing::info!(port = port.name(), "front-end connected");
+    // Kept so that the front-end sees the end only when everything of its has been let go.
+    let keep = stream.try_clone();
+    let session = Session::new(Arc::clone(port));
+    let end = connection::serve(stream, &session, stop);
+    session.close();
+    drop(keep);
+    match end {
+        End::Closed => tracing::info!(port = port.name(), "front-end closed the connection"),
+        End::Stopped => {}
+        End::Broken(why) => tracing::warn!(port = port.name(), "connection ended: {why}"),
+    }
+}
+
+fn serve_by_connecting(path: &Path, port: &Arc<Port>, stop: &Stop) {
+    let mut pause = RETRY.0;
+    let mut told = false;
+    while !stop.is_asked() {
+        match UnixStream::connect(path) {
+            Ok(stream) => {
+                (pause, told) = (RETRY.0, false);
+                serve_one(stream, port, stop);
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!(port = port.name(), path = %path.display(), %error, "no front-end yet, trying on");
+                }
+            }
+        }
+        stop.wait(None, Some(pause));
+        pause = (pause * 2).min(RETRY.1);
+    }
+}

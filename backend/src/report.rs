@@ -1,0 +1,213 @@
+//! What `stats` shows: ports with their lanes, maps with their extents. The names are part of the product.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use queues::lane::{Bounce, Counter, Drop, LaneStats};
+use queues::nic::Link;
+use serde::Serialize;
+use vfio_glue::map::{ExtentSnapshot, MapSnapshot, MemoryMap};
+
+use crate::port::{Direction, Port};
+
+/// Everything, at one moment.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Every port.
+    pub ports: Vec<PortReport>,
+    /// Every map.
+    pub maps: Vec<MapReport>,
+}
+
+/// A port.
+#[derive(Debug, Serialize)]
+pub struct PortReport {
+    /// Its name.
+    pub name: String,
+    /// Its device.
+    pub device: String,
+    /// Its map.
+    pub map: String,
+    /// `up` or `down`.
+    pub link: &'static str,
+    /// Mbit/s, 0 if unknown or down.
+    pub link_mbps: u32,
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// Its lanes.
+    pub lanes: Vec<LaneReport>,
+}
+
+/// A lane.
+#[derive(Debug, Serialize)]
+pub struct LaneReport {
+    /// `rx` (wire to guest) or `tx` (guest to wire).
+    pub direction: &'static str,
+    /// Which queue pair.
+    pub pair: usize,
+    /// Whether it runs.
+    pub running: bool,
+    /// Frames moved.
+    pub frames: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Frames whose bytes no CPU touched here.
+    pub zero_copy_frames: u64,
+    /// Frames copied here.
+    pub bounced_frames: u64,
+    /// Why they were.
+    pub bounce_reasons: BTreeMap<&'static str, u64>,
+    /// Bytes copied here.
+    pub copied_bytes: u64,
+    /// Frames lost here.
+    pub dropped_frames: u64,
+    /// Why they were.
+    pub drop_reasons: BTreeMap<&'static str, u64>,
+    /// Passes that moved something.
+    pub bursts: u64,
+    /// Kicks from the guest.
+    pub kicks: u64,
+    /// Notifications to the guest.
+    pub notifications: u64,
+    /// Interrupts from the card.
+    pub interrupts: u64,
+    /// Sleeps of its worker.
+    pub sleeps: u64,
+    /// Broken rings and failures of the card.
+    pub errors: u64,
+}
+
+/// A map.
+#[derive(Debug, Serialize)]
+pub struct MapReport {
+    /// Its name.
+    pub name: String,
+    /// What programs its IOMMU.
+    pub iommu: &'static str,
+    /// Ranges it allocates from.
+    pub usable: Vec<String>,
+    /// Bytes mapped.
+    pub mapped_bytes: u64,
+    /// Bytes pinned.
+    pub pinned_bytes: u64,
+    /// Its devices.
+    pub devices: Vec<String>,
+    /// What is mapped.
+    pub extents: Vec<ExtentReport>,
+}
+
+/// An extent.
+#[derive(Debug, Serialize)]
+pub struct ExtentReport {
+    /// Where devices find it, hexadecimal.
+    pub iova: String,
+    /// Length in bytes.
+    pub len: u64,
+    /// The file.
+    pub file: String,
+    /// Where it starts there, in bytes.
+    pub file_offset: u64,
+    /// How the IOMMU got it.
+    pub by: &'static str,
+    /// Who asked for it.
+    pub owners: Vec<String>,
+}
+
+impl Report {
+    /// Looks at everything.
+    pub fn of(ports: &[Arc<Port>], maps: &[Arc<MemoryMap>]) -> Self {
+        Self {
+            ports: ports.iter().map(|port| PortReport::of(port)).collect(),
+            maps: maps.iter().map(|map| MapReport::of(map.snapshot())).collect(),
+        }
+    }
+}
+
+impl PortReport {
+    fn of(port: &Port) -> Self {
+        let status = port.status();
+        let lanes = status.running.iter().enumerate().filter_map(|(index, running)| {
+            port.stats(index)
+                .map(|stats| LaneReport::of(index, *running, stats))
+        });
+        let (link, link_mbps) = match status.link {
+            Link::Up { mbps } => ("up", mbps),
+            Link::Down => ("down", 0),
+        };
+        Self {
+            name: port.name().to_owned(),
+            map: port.map().name().to_owned(),
+            link,
+            link_mbps,
+            connected: status.connected,
+            lanes: lanes.collect(),
+            device: status.device,
+        }
+    }
+}
+
+impl LaneReport {
+    fn of(index: usize, running: bool, stats: &LaneStats) -> Self {
+        let bounces = Bounce::ALL.iter().map(|why| why.as_str()).zip(&stats.bounced);
+        let drops = Drop::ALL.iter().map(|why| why.as_str()).zip(&stats.dropped);
+        let drop_reasons = counted(drops);
+        Self {
+            direction: Direction::of(index).as_str(),
+            pair: index / 2,
+            running,
+            frames: stats.frames.get(),
+            bytes: stats.bytes.get(),
+            zero_copy_frames: stats.zero_copy_frames.get(),
+            bounced_frames: stats.bounced_frames(),
+            bounce_reasons: counted(bounces),
+            copied_bytes: stats.copied_bytes.get(),
+            dropped_frames: drop_reasons.values().sum(),
+            drop_reasons,
+            bursts: stats.bursts.get(),
+            kicks: stats.kicks.get(),
+            notifications: stats.notifications.get(),
+            interrupts: stats.interrupts.get(),
+            sleeps: stats.sleeps.get(),
+            errors: stats.errors.get(),
+        }
+    }
+}
+
+/// Only the reasons that occurred.
+fn counted<'a>(reasons: impl Iterator<Item = (&'static str, &'a Counter)>) -> BTreeMap<&'static str, u64> {
+    reasons
+        .map(|(why, count)| (why, count.get()))
+        .filter(|(_, count)| *count > 0)
+        .collect()
+}
+
+impl MapReport {
+    fn of(map: MapSnapshot) -> Self {
+        Self {
+            name: map.name,
+            iommu: map.iommu.as_str(),
+            usable: map
+                .usable
+                .iter()
+                .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
+                .collect(),
+            mapped_bytes: map.mapped_bytes,
+            pinned_bytes: map.pinned_bytes,
+            devices: map.devices.iter().map(ToString::to_string).collect(),
+            extents: map.extents.into_iter().map(ExtentReport::of).collect(),
+        }
+    }
+}
+
+impl ExtentReport {
+    fn of(extent: ExtentSnapshot) -> Self {
+        Self {
+            iova: extent.iova.to_string(),
+            len: extent.len,
+            file: extent.file,
+            file_offset: extent.file_offset,
+            by: extent.by.as_str(),
+            owners: extent.owners,
+        }
+    }
+}

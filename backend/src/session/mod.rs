@@ -1,0 +1,217 @@
+//! What one front-end's messages mean: features, memory, virtqueues.
+//!
+//! ```text
+//! memory.rs   the guest's table: plan a change, apply it in order, undo it if a step fails
+//! vring.rs    what is known of each virtqueue, and when its lane runs
+//! handler.rs  `vhost`'s trait, message by message
+//! ```
+//!
+//! A message changes what is known; then each lane is brought to what that implies, and only then the front-end has
+//! its reply. So the order in which a front-end sends things does not matter (TRAPS 55), and a reply is true.
+//!
+//! Read with: vhost-user, "Ring states".
+
+mod handler;
+mod memory;
+mod vring;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use queues::nic::NicError;
+use vfio_glue::map::MapError;
+use vfio_glue::memory::{Region, Table, VirtqMemoryError};
+
+use self::vring::Vring;
+use crate::port::{Port, PortError};
+use crate::worker::WorkerGone;
+
+/// Virtio feature bits we offer, and one of vhost-user (virtio 1.2 §5.1.3, §6; vhost-user, "Feature negotiation").
+mod feature {
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const INDIRECT_DESC: u64 = 1 << 28;
+    pub(super) const EVENT_IDX: u64 = 1 << 29;
+    pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
+    pub(super) const VERSION_1: u64 = 1 << 32;
+    pub(super) const IN_ORDER: u64 = 1 << 35;
+    pub(super) const OFFERED: u64 =
+        MRG_RXBUF | INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | IN_ORDER;
+}
+
+/// Why a front-end's request was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// Feature bits that were not offered.
+    #[error("features {asked:#x} have bits {extra:#x} that were not offered")]
+    Features {
+        /// What was asked for.
+        asked: u64,
+        /// What of it was not offered.
+        extra: u64,
+    },
+    /// No such virtqueue.
+    #[error("there is no virtqueue {index}: the port has {queues}")]
+    NoVring {
+        /// The index in the message.
+        index: usize,
+        /// How many there are.
+        queues: usize,
+    },
+    /// A virtqueue address that is in no region.
+    #[error(
+        "virtqueue {index}: its {area} at {address:#x} ({len} bytes) is in no region of the memory table"
+    )]
+    VringMemory {
+        /// Which virtqueue.
+        index: usize,
+        /// Which of its areas.
+        area: &'static str,
+        /// The address in the message.
+        address: u64,
+        /// How many bytes it needs.
+        len: usize,
+    },
+    /// The virtqueue's memory is impossible.
+    #[error("virtqueue {index} cannot be used")]
+    Virtq {
+        /// Which virtqueue.
+        index: usize,
+        /// Why.
+        source: VirtqMemoryError,
+    },
+    /// A queue size that is impossible.
+    #[error("virtqueue {index} cannot have that size")]
+    Size {
+        /// Which virtqueue.
+        index: usize,
+        /// Why.
+        source: VirtqMemoryError,
+    },
+    /// A base that no 16-bit index can be.
+    #[error("virtqueue {index}: base {base} is no index")]
+    Base {
+        /// Which virtqueue.
+        index: usize,
+        /// What was sent.
+        base: u32,
+    },
+    /// The map refused memory.
+    #[error("the memory was refused")]
+    Map(#[from] MapError),
+    /// Regions overlap.
+    #[error("the memory table was refused")]
+    Overlap(#[from] vfio_glue::memory::OverlapError),
+    /// Every slot is taken.
+    #[error("all {slots} memory slots are taken")]
+    Slots {
+        /// How many there are.
+        slots: usize,
+    },
+    /// REM_MEM_REG of something that was not added.
+    #[error("no region at guest {guest:#x}, front-end {frontend:#x} of {len:#x} bytes was added")]
+    NoRegion {
+        /// Guest-physical start in the message.
+        guest: u64,
+        /// Front-end start.
+        frontend: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// A region without its file, or more files than regions.
+    #[error("{regions} regions came with {files} descriptors; is the memory shared (share=on)?")]
+    Files {
+        /// Regions announced.
+        regions: usize,
+        /// Descriptors that came.
+        files: usize,
+    },
+    /// A message for a feature that was not offered.
+    #[error("{what} was not offered")]
+    NotOffered {
+        /// What it belongs to.
+        what: &'static str,
+    },
+    /// The front-end's descriptor cannot be used.
+    #[error("virtqueue {index}: its {what} descriptor cannot be used")]
+    Descriptor {
+        /// Which virtqueue.
+        index: usize,
+        /// `kick`, `call` or `err`.
+        what: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The port failed.
+    #[error("the port failed")]
+    Port(#[from] PortError),
+    /// The worker failed.
+    #[error("the port failed")]
+    Worker(#[from] WorkerGone),
+    /// The device did not come back from a reset.
+    #[error("the device failed")]
+    Nic(#[from] NicError),
+}
+
+/// One front-end's dealings with a port, from connection to close.
+#[derive(Debug)]
+pub struct Session {
+    port: Arc<Port>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    features: u64,
+    protocol_features: u64,
+    regions: Vec<Arc<Region>>,
+    table: Arc<Table>,
+    vrings: Vec<Vring>,
+}
+
+impl Session {
+    /// A session on `port`, which no other session uses.
+    pub fn new(port: Arc<Port>) -> Arc<Self> {
+        let vrings = (0..port.queues()).map(|_| Vring::default()).collect();
+        port.set_connected(true);
+        Arc::new(Self {
+            port,
+            state: Mutex::new(State {
+                features: 0,
+                protocol_features: 0,
+                regions: Vec::new(),
+                table: Arc::default(),
+                vrings,
+            }),
+        })
+    }
+
+    /// The port it is on.
+    pub fn port(&self) -> &Port {
+        &self.port
+    }
+
+    /// Whether refusals are answered: REPLY_ACK is negotiated.
+    pub fn acknowledges(&self) -> bool {
+        let reply_ack = vhost::vhost_user::message::VhostUserProtocolFeatures::REPLY_ACK.bits();
+        self.state().protocol_features & reply_ack != 0
+    }
+
+    /// Ends the session: all lanes stop, then the guest's memory leaves the map. Nothing touches it afterwards.
+    pub fn close(&self) {
+        let mut state = self.state();
+        if let Err(error) = self.stop_all(&mut state) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(
+                port = self.port.name(),
+                error,
+                "the device could not be stopped, its guest's memory stays mapped"
+            );
+        } else {
+            self.forget_memory(&mut state);
+        }
+        self.port.set_connected(false);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,230 @@
+//! What is known of each virtqueue, and the lane that follows from it.
+//!
+//! ```text
+//! Absent → Configured → Started (kick) ⇄ Enabled → Stopped
+//! ```
+//!
+//! A lane runs exactly while everything is known, the ring is started and it is enabled. A disabled or stopped ring
+//! is not touched (TRAPS 11, 54): its lane is stopped, and what the card had not filled is taken again later.
+//!
+//! Read with: vhost-user, "Ring states"; TRAPS 11, 12, 13, 55.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use queues::lane::{LaneSetup, Stopped};
+use queues::net_header;
+use queues::virtq::{Virtq, WakeUps};
+use vfio_glue::address::FrontendAddress;
+use vfio_glue::memory::{HostRange, VirtqMemory};
+
+use super::{Session, SessionError, State, feature};
+use crate::port::Direction;
+
+/// What a front-end has told of one virtqueue.
+#[derive(Debug, Default)]
+pub(super) struct Vring {
+    pub(super) size: Option<u16>,
+    pub(super) addresses: Option<Addresses>,
+    pub(super) base: u16,
+    pub(super) kick: Option<Kick>,
+    pub(super) call: Option<File>,
+    pub(super) err: Option<File>,
+    pub(super) enabled: bool,
+    pub(super) runs: bool,
+}
+
+/// Where its three areas are, in the front-end's address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub(super) desc: FrontendAddress,
+    pub(super) avail: FrontendAddress,
+    pub(super) used: FrontendAddress,
+}
+
+/// How the front-end kicks. Having told so starts the ring.
+#[derive(Debug)]
+pub(super) enum Kick {
+    By(File),
+    /// It does not: we poll.
+    Never,
+}
+
+impl Session {
+    /// Brings the lane of virtqueue `index` to what is known of it.
+    pub(super) fn settle(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+        let enabled_from_start = state.features & feature::PROTOCOL_FEATURES == 0;
+        let memory_is_known = !state.regions.is_empty();
+        let Some(vring) = state.vrings.get(index) else {
+            return Ok(());
+        };
+        let wanted = vring.kick.is_some()
+            && vring.addresses.is_some()
+            && vring.size.is_some()
+            && (vring.enabled || enabled_from_start)
+            && memory_is_known;
+        match (vring.runs, wanted) {
+            (false, true) => self.start(state, index),
+            (true, false) => self.stop(state, index),
+            _ => Ok(()),
+        }
+    }
+
+    /// Brings every lane to what is known of it. Goes on after an error and returns the first.
+    pub(super) fn settle_all(&self, state: &mut State) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        for index in 0..state.vrings.len() {
+            let settled = self.settle(state, index);
+            result = result.and(settled);
+        }
+        result
+    }
+
+    fn start(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+        let Some(setup) = self.lane_setup(state, index)? else {
+            return Ok(());
+        };
+        self.port.start_lane(index, setup)?;
+        if let Some(vring) = state.vrings.get_mut(index) {
+            vring.runs = true;
+        }
+        Ok(())
+    }
+
+    fn lane_setup(&self, state: &State, index: usize) -> Result<Option<LaneSetup>, SessionError> {
+        let no_vring = || SessionError::NoVring {
+            index,
+            queues: state.vrings.len(),
+        };
+        let vring = state.vrings.get(index).ok_or_else(no_vring)?;
+        let stats = self.port.stats(index).ok_or_else(no_vring)?;
+        let (Some(at), Some(size)) = (vring.addresses, vring.size) else {
+            return Ok(None);
+        };
+        let area =
+            |area: &'static str, address: FrontendAddress, len: usize| -> Result<HostRange, SessionError> {
+                let guest = state.table.to_guest(address);
+                let range = guest.and_then(|guest| state.table.host_range(guest, len));
+                range.ok_or(SessionError::VringMemory {
+                    index,
+                    area,
+                    address: address.0,
+                    len,
+                })
+            };
+        let memory = VirtqMemory::new(
+            size.into(),
+            area("descriptor table", at.desc, VirtqMemory::desc_bytes(size))?,
+            area("available ring", at.avail, VirtqMemory::avail_bytes(size))?,
+            area("used ring", at.used, VirtqMemory::used_bytes(size))?,
+        )
+        .map_err(|source| SessionError::Virtq { index, source })?;
+        let wake_ups = if state.features & feature::EVENT_IDX != 0 {
+            WakeUps::ByEventIdx
+        } else {
+            WakeUps::ByFlag
+        };
+        let (virtq, healed) = Virtq::start(memory, vring.base, wake_ups);
+        let name = format!(
+            "{} {} {}",
+            self.port.name(),
+            Direction::of(index).as_str(),
+            index / 2
+        );
+        if let Err(healed) = healed {
+            let (base, used) = (healed.base, healed.used);
+            tracing::info!(
+                lane = name,
+                base,
+                used,
+                "the base sent is not the used index, which is taken"
+            );
+        }
+        let twelve = feature::VERSION_1 | feature::MRG_RXBUF;
+        let header_len = if state.features & twelve != 0 {
+            net_header::MODERN_LEN
+        } else {
+            net_header::LEGACY_LEN
+        };
+        let clone = |what: &'static str, file: Option<&File>| {
+            file.map(File::try_clone)
+                .transpose()
+                .map_err(|source| SessionError::Descriptor { index, what, source })
+        };
+        let kick = match &vring.kick {
+            Some(Kick::By(file)) => Some(file),
+            Some(Kick::Never) | None => None,
+        };
+        Ok(Some(LaneSetup {
+            virtq,
+            table: Arc::clone(&state.table),
+            header_len,
+            max_frame: self.port.max_frame(),
+            kick: clone("kick", kick)?,
+            call: clone("call", vring.call.as_ref())?,
+            err: clone("err", vring.err.as_ref())?,
+            stats: Arc::clone(stats),
+            map: Arc::clone(self.port.map()),
+            // The port knows.
+            link_up: false,
+            name,
+        }))
+    }
+
+    /// Stops the lane of virtqueue `index`, if it runs. When this returns without an error, neither we nor the card
+    /// touch the guest's memory for it.
+    pub(super) fn stop(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+        let stopped = self.halt(state, index)?;
+        match stopped {
+            Some(Err(error)) => {
+                tracing::error!(port = self.port.name(), %error, "only a reset ends the card's DMA");
+                self.reset_device(state)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops all lanes. After an error the card may still write.
+    pub(super) fn stop_all(&self, state: &mut State) -> Result<(), SessionError> {
+        let mut stuck = false;
+        for index in 0..state.vrings.len() {
+            stuck |= matches!(self.halt(state, index)?, Some(Err(_)));
+        }
+        if stuck {
+            self.port.reset()?;
+        }
+        Ok(())
+    }
+
+    /// Stops one lane and keeps its place; the inner error is the card's.
+    fn halt(
+        &self,
+        state: &mut State,
+        index: usize,
+    ) -> Result<Option<Result<(), queues::nic::NicError>>, SessionError> {
+        let Some(vring) = state.vrings.get_mut(index).filter(|vring| vring.runs) else {
+            return Ok(None);
+        };
+        vring.runs = false;
+        let Some(Stopped { first_unused, card }) = self.port.stop_lane(index)? else {
+            return Ok(None);
+        };
+        vring.base = first_unused;
+        Ok(Some(card))
+    }
+
+    /// The one way out of a card that will not stop: all lanes stop, the device is reset, those that ran run again.
+    fn reset_device(&self, state: &mut State) -> Result<(), SessionError> {
+        let ran: Vec<usize> = (0..state.vrings.len())
+            .filter(|index| state.vrings[*index].runs)
+            .collect();
+        for index in &ran {
+            self.halt(state, *index)?;
+        }
+        self.port.reset()?;
+        for index in ran {
+            self.settle(state, index)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,356 @@
+//! A worker: one thread that owns lanes, polls them while there is work, and sleeps when there is none.
+//!
+//! ```text
+//! commands ──▶ poll every lane ──▶ nothing for poll_us? ──▶ arm kicks and interrupts, look once more ──▶ epoll
+//! ```
+//!
+//! Whatever others want of a lane is a command, run between two passes and answered when it is done. So when a
+//! front-end has its reply, it is true.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use queues::lane::{Lane, Progress};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::thread::CpuSet;
+
+/// How long a lane keeps its worker polling after the last frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// This long, then sleep. Zero sleeps at once.
+    For(Duration),
+    /// Never sleep.
+    Forever,
+}
+
+/// Names a lane on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneId(u64);
+
+/// The worker's thread has ended: its lanes are gone. Only a defect of ours does that.
+#[derive(Debug, thiserror::Error)]
+#[error("the worker thread {name} has ended")]
+pub struct WorkerGone {
+    name: String,
+}
+
+type Command = Box<dyn FnOnce(&mut Lanes) + Send>;
+
+/// A worker as others see it.
+#[derive(Debug)]
+pub struct Worker {
+    name: String,
+    commands: Mutex<Sender<Command>>,
+    wake: Arc<OwnedFd>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Worker {
+    /// Starts a thread, on CPU `cpu` alone if one is given.
+    ///
+    /// # Errors
+    ///
+    /// The system's answer if it gives no thread, no descriptors, or not that CPU.
+    pub fn start(index: usize, cpu: Option<usize>) -> std::io::Result<Arc<Self>> {
+        let name = format!("worker{index}");
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let (commands, inbox) = channel();
+        let lanes = Lanes::new(Arc::clone(&wake))?;
+        let (pinned, pin_result) = channel();
+        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let result = cpu.map_or(Ok(()), pin_to);
+            let run = result.is_ok();
+            // The starter waits for it; if it has gone, so has the process.
+            let _ = pinned.send(result);
+            if run {
+                lanes.run(&inbox);
+            }
+        })?;
+        pin_result
+            .recv()
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::BrokenPipe.into()))?;
+        Ok(Arc::new(Self {
+            name,
+            commands: Mutex::new(commands),
+            wake,
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+
+    /// Gives the worker a lane. It is polled from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`WorkerGone`].
+    pub fn add(&self, lane: Box<dyn Lane>, patience: Patience) -> Result<LaneId, WorkerGone> {
+        self.run(move |lanes| lanes.add(lane, patience))
+    }
+
+    /// Takes a lane from the worker. Once this returns, the worker does not touch it.
+    ///
+    /// # Errors
+    ///
+    /// [`WorkerGone`].
+    pub fn remove(&self, id: LaneId) -> Result<Option<Box<dyn Lane>>, WorkerGone> {
+        self.run(move |lanes| lanes.remove(id))
+    }
+
+    /// Does something with a lane between two passes, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`WorkerGone`].
+    pub fn with<R: Send + 'static>(
+        &self,
+        id: LaneId,
+        work: impl FnOnce(&mut dyn Lane) -> R + Send + 'static,
+    ) -> Result<Option<R>, WorkerGone> {
+        self.run(move |lanes| lanes.find(id).map(|seat| work(seat.lane.as_mut())))
+    }
+
+    fn run<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Lanes) -> R + Send + 'static,
+    ) -> Result<R, WorkerGone> {
+        let (answer, answered) = channel();
+        let command: Command = Box::new(move |lanes| {
+            // The asker waits; if it has given up, nobody needs the answer.
+            let _ = answer.send(work(lanes));
+        });
+        let gone = || WorkerGone {
+            name: self.name.clone(),
+        };
+        self.commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(command)
+            .map_err(|_| gone())?;
+        self.ring();
+        answered.recv().map_err(|_| gone())
+    }
+
+    fn ring(&self) {
+        // A full counter is a wake-up that is pending, which is all that is wanted.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // The last sender goes and the thread sees it.
+        let (nobody, _) = channel();
+        *self.commands.get_mut().unwrap_or_else(PoisonError::into_inner) = nobody;
+        self.ring();
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(Err(_)) = thread.map(JoinHandle::join) {
+            tracing::error!(worker = self.name, "panicked");
+        }
+    }
+}
+
+fn pin_to(cpu: usize) -> std::io::Result<()> {
+    let mut set = CpuSet::new();
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(std::io::Error::other(format!(
+            "CPU {cpu} is beyond {}",
+            CpuSet::MAX_CPU
+        )));
+    }
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set)?;
+    Ok(())
+}
+
+struct Seat {
+    id: u64,
+    lane: Box<dyn Lane>,
+    patience: Patience,
+}
+
+/// What a descriptor in epoll is, in the low bits of its data.
+#[derive(Clone, Copy)]
+enum Source {
+    Command = 0,
+    Kick = 1,
+    Interrupt = 2,
+}
+
+/// The worker's own side.
+struct Lanes {
+    seats: Vec<Seat>,
+    next_id: u64,
+    epoll: OwnedFd,
+    wake: Arc<OwnedFd>,
+}
+
+const EVENTS: usize = 32;
+
+impl Lanes {
+    fn new(wake: Arc<OwnedFd>) -> std::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(
+            &epoll,
+            &wake,
+            EventData::new_u64(Source::Command as u64),
+            EventFlags::IN,
+        )?;
+        Ok(Self {
+            seats: Vec::new(),
+            next_id: 1,
+            epoll,
+            wake,
+        })
+    }
+
+    fn run(mut self, inbox: &Receiver<Command>) {
+        let mut idle_since: Option<Instant> = None;
+        loop {
+            if !self.obey(inbox) {
+                return;
+            }
+            if self.poll_all() {
+                idle_since = None;
+                continue;
+            }
+            let patience = self
+                .seats
+                .iter()
+                .map(|seat| seat.patience)
+                .fold(Patience::For(Duration::ZERO), longer);
+            match patience {
+                Patience::Forever => {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                Patience::For(time) if !time.is_zero() => {
+                    if idle_since.get_or_insert_with(Instant::now).elapsed() < time {
+                        std::hint::spin_loop();
+                        continue;
+                    }
+                }
+                Patience::For(_) => {}
+            }
+            idle_since = None;
+            self.sleep();
+        }
+    }
+
+    /// Runs what others asked for. Returns false when nobody can ask any more.
+    fn obey(&mut self, inbox: &Receiver<Command>) -> bool {
+        loop {
+            match inbox.try_recv() {
+                Ok(command) => command(self),
+                Err(std::sync::mpsc::TryRecvError::Empty) => return true,
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// One pass over all lanes. Returns whether anything moved.
+    fn poll_all(&mut self) -> bool {
+        let mut moved = false;
+        for seat in &mut self.seats {
+            moved |= seat.lane.poll() == Progress::Moved;
+        }
+        moved
+    }
+
+    /// Asks for wake-ups, looks once more, and waits for one.
+    fn sleep(&mut self) {
+        let mut busy = false;
+        for seat in &mut self.seats {
+            busy |= seat.lane.arm();
+        }
+        if !busy {
+            for seat in &mut self.seats {
+                seat.lane.count_sleep();
+            }
+            self.wait();
+        }
+        for seat in &mut self.seats {
+            seat.lane.disarm();
+        }
+    }
+
+    fn wait(&mut self) {
+        let mut events = Vec::with_capacity(EVENTS);
+        if let Err(error) = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            if error != rustix::io::Errno::INTR {
+                tracing::error!(%error, "epoll_wait failed");
+            }
+            return;
+        }
+        for event in events {
+            let data = event.data.u64();
+            let id = LaneId(data >> 2);
+            match data & 3 {
+                kind if kind == Source::Kick as u64 => {
+                    if let Some(seat) = self.find(id) {
+                        seat.lane.take_kick();
+                    }
+                }
+                kind if kind == Source::Interrupt as u64 => {
+                    if let Some(seat) = self.find(id) {
+                        seat.lane.take_interrupt();
+                    }
+                }
+                // Read so that it is quiet again; the commands themselves are in the inbox.
+                _ => {
+                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, lane: Box<dyn Lane>, patience: Patience) -> LaneId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.watch(id, Source::Kick, lane.kick_fd());
+        self.watch(id, Source::Interrupt, lane.interrupt_fd());
+        self.seats.push(Seat { id, lane, patience });
+        LaneId(id)
+    }
+
+    /// Edge-triggered: a descriptor that stays readable (a tap whose frames have no buffer yet) must not keep the
+    /// thread awake; arming looks once more, so no edge is missed.
+    fn watch(&self, id: u64, source: Source, fd: Option<BorrowedFd<'_>>) {
+        let Some(fd) = fd else { return };
+        let data = EventData::new_u64(id << 2 | source as u64);
+        if let Err(error) = epoll::add(&self.epoll, fd, data, EventFlags::IN | EventFlags::ET) {
+            tracing::error!(%error, "a descriptor cannot be waited for, its lane may stay asleep");
+        }
+    }
+
+    fn remove(&mut self, id: LaneId) -> Option<Box<dyn Lane>> {
+        let index = self.seats.iter().position(|seat| seat.id == id.0)?;
+        let seat = self.seats.remove(index);
+        for fd in [seat.lane.kick_fd(), seat.lane.interrupt_fd()]
+            .into_iter()
+            .flatten()
+        {
+            if let Err(error) = epoll::delete(&self.epoll, fd.as_fd()) {
+                tracing::warn!(%error, "a descriptor was not waited for");
+            }
+        }
+        Some(seat.lane)
+    }
+
+    fn find(&mut self, id: LaneId) -> Option<&mut Seat> {
+        self.seats.iter_mut().find(|seat| seat.id == id.0)
+    }
+}
+
+fn longer(a: Patience, b: Patience) -> Patience {
+    match (a, b) {
+        (Patience::For(a), Patience::For(b)) => Patience::For(a.max(b)),
+        _ => Patience::Forever,
+    }
+}
