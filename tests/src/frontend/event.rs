@@ -20,6 +20,17 @@ impl Event {
         Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd can be made"))
     }
 
+    /// Makes one that holds all it can and blocks who adds to it: a trap for the device.
+    ///
+    /// # Panics
+    ///
+    /// If the process is out of descriptors.
+    pub fn full() -> Self {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd can be made");
+        rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).expect("an eventfd takes its maximum");
+        Self(event)
+    }
+
     /// Signals once.
     ///
     /// # Panics

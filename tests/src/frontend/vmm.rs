@@ -292,6 +292,19 @@ impl Session {
         Ok(())
     }
 
+    /// Hands over another call eventfd for one ring.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn set_call(&self, index: u32, event: &Event) -> Result<()> {
+        self.command(
+            request::SET_VRING_CALL,
+            &u64::from(index).to_ne_bytes(),
+            &[event.as_fd()],
+        )
+    }
+
     /// Announces all of memory at once.
     ///
     /// # Errors

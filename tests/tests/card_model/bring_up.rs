@@ -29,6 +29,9 @@ fn slu_alone_never_brings_the_link_up_and_autonegotiation_takes_half_a_second() 
     rig.set_bits(regs::CTRL, Ctrl::SLU.bits());
     rig.card.advance(Duration::from_secs(10));
     assert!(!link_up(&mut rig));
+    rig.write_phy(0, 0x1000);
+    rig.card.advance(Duration::from_secs(10));
+    assert!(!link_up(&mut rig), "enabled, but not restarted");
     rig.write_phy(0, 0x1200);
     rig.card.advance(Duration::from_millis(499));
     assert!(!link_up(&mut rig));

@@ -23,6 +23,7 @@ fn completions_wait_for_time_or_for_steps() {
     assert!(rig.harvest().is_some() && rig.tx_done(slot));
 
     rig.card.set_delay(Delay::UntilStepped);
+    rig.card.step(5);
     rig.card.receive_from_wire(&frame(60, 3));
     rig.card.receive_from_wire(&frame(60, 4));
     rig.card.advance(Duration::from_secs(9));
@@ -168,6 +169,18 @@ fn violations_survive_the_card_and_fail_a_test_that_does_not_look() {
     let message = dropped.expect_err("nobody looked");
     let message = message.downcast_ref::<String>().expect("a formatted message");
     assert!(message.contains("0x3"), "{message}");
+}
+
+#[test]
+fn silicon_starts_over_at_slot_0_when_a_queue_is_enabled_again() {
+    let mut rig = Rig::running(Options::default());
+    rig.send(&frame(60, 1));
+    rig.card.write32(regs::TX_QUEUES + 0x28, 0);
+    rig.poll(regs::TX_QUEUES + 0x28, regs::QUEUE_ENABLE, 0);
+    rig.card.write32(regs::TX_QUEUES + 0x28, regs::QUEUE_ENABLE);
+    assert_eq!(rig.card.read32(regs::TX_QUEUES + 0x10), 0);
+    assert_eq!(rig.card.read32(regs::TX_QUEUES + 0x18), 0);
+    rig.log.assert_clean();
 }
 
 #[test]

@@ -251,6 +251,7 @@ fn memfd(name: &str, len: u64) -> File {
 }
 
 /// Tries until it works; the patience only bounds how long a broken test takes to fail.
+#[track_caller]
 fn retry<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {

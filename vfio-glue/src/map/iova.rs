@@ -143,10 +143,8 @@ mod tests {
                 .iter()
                 .all(|start| start + (1 << 30) <= 0xfee0_0000 || *start >= 0xfef0_0000)
         );
-        assert_eq!(
-            (0..500).find_map(|n| iovas.take(1 << 30, n << 30, None).map_or(Some(n), |_| None)),
-            Some(8)
-        );
+        let more = (0..500).take_while(|n| iovas.take(1 << 30, n << 30, None).is_some()).count();
+        assert_eq!(500 + more, 512 - 2, "all cells below 2^39 but the first and the interrupt window's");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
     /// PCI domain (segment).
-    pub domain: u16,
+    pub domain: u32,
     /// Bus number.
     pub bus: u8,
     /// Device number, 0 to 31.
@@ -41,7 +41,7 @@ fn parse(text: &str) -> Option<PciAddress> {
     let bus = u8::from_str_radix(parts.next()?, 16).ok()?;
     let domain = parts
         .next()
-        .map_or(Some(0), |domain| u16::from_str_radix(domain, 16).ok())?;
+        .map_or(Some(0), |domain| u32::from_str_radix(domain, 16).ok())?;
     let function = u8::from_str_radix(function, 16).ok()?;
     (parts.next().is_none() && device < 32 && function < 8).then_some(PciAddress {
         domain,

@@ -4,7 +4,7 @@ use super::{
     BackEnd, Guest, RX, RX_BUFFER_BYTES, Running, Setup, TX, assert_port_works, assert_refused, receive_up_to,
 };
 use crate::frontend::driver::SplitQueue;
-use crate::frontend::memory::{Flaw, GuestMemory, Plan};
+use crate::frontend::memory::{Backing, Flaw, GuestMemory, Plan, shared_file};
 use crate::frontend::net::{Form, Layout, Rx, Tx, arena_bytes};
 use crate::frontend::vmm::{Manner, RingPlace, feature};
 use crate::frontend::wire::frame;
@@ -127,6 +127,48 @@ pub fn regions_come_and_go_under_traffic<B: BackEnd>(_: &B, running: &mut Runnin
     for sequence in 0..10 {
         guest.receive_and_check(&running.wire, sequence, 1514);
     }
+    guest.check();
+}
+
+/// QEMU re-expresses a region that splits: it removes the old bounds, then adds the new ones on the same file. The
+/// buffers posted inside stay posted (TRAP 17).
+pub fn a_region_that_is_split_keeps_its_buffers<B: BackEnd>(_: &B, running: &mut Running) {
+    let mut guest = Guest::boot(running, Setup::default());
+    let file = Backing::File(shared_file(4 * MIB).expect("a file"));
+    let gpa = guest.regions.high + 16 * MIB;
+    let whole = Plan::new(gpa, 4 * MIB).backing(file);
+    let region = guest.memory.add(&whole).expect("more memory");
+    guest.session.add_region(&region).expect("the region is taken");
+
+    let place = guest.rx.queue.place();
+    guest.session.get_vring_base(RX).expect("rx stops");
+    // Buffers on both sides of the coming border.
+    let queue = SplitQueue::new(&guest.memory, place);
+    guest.rx = Rx::new(queue, &guest.memory, gpa + MIB - arena_bytes(32), 64);
+    guest.rx.attach(&guest.session, RX);
+    guest.session.restart_ring(RX, &place, 0).expect("rx starts");
+    guest.rx.fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
+    for sequence in 0..16 {
+        guest.receive_and_check(&running.wire, sequence, 1000);
+    }
+
+    let old = guest.memory.remove(gpa);
+    guest.session.remove_region(&old).expect("the old bounds go");
+    let parts = [
+        Plan {
+            len: MIB,
+            ..whole.clone()
+        },
+        Plan::new(gpa + MIB, 3 * MIB).file_offset(MIB),
+    ];
+    for part in parts.map(|part| part.backing(whole.backing.clone())) {
+        let region = guest.memory.add(&part).expect("a part");
+        guest.session.add_region(&region).expect("the new bounds come");
+    }
+    for sequence in 16..64 {
+        guest.receive_and_check(&running.wire, sequence, 1000);
+    }
+    assert_eq!(guest.rx.posted(), 0);
     guest.check();
 }
 

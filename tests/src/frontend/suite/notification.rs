@@ -1,7 +1,10 @@
 //! Who wakes whom: no wake-up is lost, and none comes that was refused.
 
-use super::{BackEnd, Guest, RX_BUFFER_BYTES, Running, Setup};
+use std::time::{Duration, Instant};
+
+use super::{BackEnd, Guest, RX, RX_BUFFER_BYTES, Running, Setup, TX};
 use crate::frontend::PATIENCE;
+use crate::frontend::event::Event;
 use crate::frontend::net::{Form, Layout};
 use crate::frontend::vmm::feature;
 use crate::frontend::wire::frame;
@@ -18,35 +21,61 @@ pub fn ping_pong_by_flags_loses_no_wake_up<B: BackEnd>(_: &B, running: &mut Runn
     ping_pong(running, 0);
 }
 
-/// One to four frames out, the same frames back, each side asleep in between.
+/// One to four frames out, the same frames back, each side asleep in between; and no rx buffer to spare, so the
+/// device has to ask for those as well.
 fn ping_pong(running: &Running, features: u64) {
     let mut guest = Guest::boot(running, Setup::default().features(features));
-    guest.rx.fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
-    let (mut sequence, mut kicks) = (0_u64, 0_u64);
+    let (mut sequence, mut tx_kicks, mut rx_kicks) = (0_u64, 0_u64, 0_u64);
+    let mut jitter = Jitter(1);
     while sequence < PING_PONGS {
-        // Bursts of changing size shift the moment of arming against the moment of publishing.
         let burst = 1 + sequence * 7 / 3 % 4;
         for number in sequence..sequence + burst {
             guest.tx.offer(&frame(number, 60), Layout::WithData, Form::Direct);
-            kicks += u64::from(guest.tx.queue.submit());
+            tx_kicks += u64::from(guest.tx.queue.submit());
+            // The used index moves just before the device looks for more work and then goes to sleep.
+            assert!(
+                guest.tx.queue.poll_used(PATIENCE),
+                "frame {number} is never given back"
+            );
+            guest.tx.reclaim();
+            jitter.spin();
         }
         for _ in 0..burst {
             let bytes = running.wire.recv();
             running.wire.send(&bytes);
+        }
+        for _ in 0..burst {
+            jitter.spin();
+            guest.rx.post(RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
+            rx_kicks += u64::from(guest.rx.queue.submit());
         }
         for number in sequence..sequence + burst {
             assert!(
                 guest.rx.recv() == frame(number, 60),
                 "frame {number} came back changed or out of order"
             );
-            guest.rx.fill(1, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
         }
         guest.tx.reclaim();
         sequence += burst;
     }
     guest.tx.drain();
     guest.check();
-    println!("{sequence} ping-pongs with {kicks} tx kicks");
+    println!("{sequence} ping-pongs with {tx_kicks} tx and {rx_kicks} rx kicks");
+}
+
+/// Spins for ever other moments, so that publishing hits the device at every step of going to sleep.
+struct Jitter(u32);
+
+impl Jitter {
+    fn spin(&mut self) {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // Mostly some microseconds, for a device that sleeps at once; sometimes more, for one that polls a while.
+        let most = if self.0 & 0x7000 == 0 { 128_000 } else { 8_000 };
+        let until = Instant::now() + Duration::from_nanos(u64::from(self.0 >> 16) * most >> 16);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
 }
 
 /// With interrupts refused on both rings the call eventfds stay silent while frames flow.
@@ -85,4 +114,32 @@ pub fn a_guest_that_refuses_interrupts_gets_none<B: BackEnd>(_: &B, running: &mu
         assert_eq!(calls, (0, 0), "calls on rx and tx, features {features:#x}");
         guest.check();
     }
+}
+
+/// A call eventfd at its maximum, in blocking mode, would hold whoever writes to it for ever.
+pub fn a_call_eventfd_that_is_full_stops_nobody<B: BackEnd>(_: &B, running: &mut Running) {
+    let mut guest = Guest::boot(running, Setup::default().features(0));
+    guest.rx.fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
+    let full = Event::full();
+    for index in [RX, TX] {
+        guest
+            .session
+            .set_call(index, &full)
+            .expect("the call eventfd is taken");
+    }
+    for sequence in 0..50 {
+        let bytes = frame(sequence, 60);
+        guest.tx.send(&bytes, Layout::WithData, Form::Direct);
+        running.wire.send(&running.wire.recv());
+        assert!(
+            guest.rx.queue.poll_used(PATIENCE),
+            "frame {sequence} never comes back"
+        );
+        assert!(guest.rx.try_recv() == Some(bytes));
+        guest.tx.reclaim();
+    }
+    for index in [RX, TX] {
+        guest.session.get_vring_base(index).expect("the ring stops");
+    }
+    guest.check();
 }
