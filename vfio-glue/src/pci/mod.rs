@@ -20,7 +20,6 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-
 pub use address::{PciAddress, PciAddressError};
 
 /// Why an access to the function failed.
