@@ -58,9 +58,9 @@ enum Kind {
     /// The frame lands in place; the header is here, in one piece.
     InPlace { header: GuestAddress },
     /// The frame lands in place, but the header is spread over these buffers.
-    InPlaceOddHeader { buffers: Vec<Buffer> },
+    OddHeader { buffers: Vec<Buffer> },
     /// The frame lands in a slot of ours and is copied into these buffers.
-    InSlot {
+    Bounced {
         slot: Slot,
         buffers: Vec<Buffer>,
         why: Bounce,
@@ -235,7 +235,7 @@ impl<R: RxRing> RxLane<R> {
             } => Some((iova, Kind::InPlace { header })),
             Target::InPlace { iova, header: None } => {
                 let buffers = self.list_of_chain();
-                Some((iova, Kind::InPlaceOddHeader { buffers }))
+                Some((iova, Kind::OddHeader { buffers }))
             }
             Target::Slot { why } => {
                 let slot = match self.slots.take(&self.guest.map) {
@@ -246,7 +246,7 @@ impl<R: RxRing> RxLane<R> {
                     }
                 };
                 let buffers = self.list_of_chain();
-                Some((slot.iova, Kind::InSlot { slot, buffers, why }))
+                Some((slot.iova, Kind::Bounced { slot, buffers, why }))
             }
         }
     }
@@ -297,7 +297,7 @@ impl<R: RxRing> RxLane<R> {
                 }
                 used
             }
-            Kind::InPlaceOddHeader { buffers } => {
+            Kind::OddHeader { buffers } => {
                 if good {
                     self.scatter(&buffers, 0, net_header::received(header_len));
                     self.count_in_place(received.len);
@@ -305,7 +305,7 @@ impl<R: RxRing> RxLane<R> {
                 self.spare_lists.push(buffers);
                 used
             }
-            Kind::InSlot { slot, buffers, why } => {
+            Kind::Bounced { slot, buffers, why } => {
                 let used = if good {
                     self.copy_out(&slot, &buffers, received.len, why)
                 } else {
@@ -405,8 +405,8 @@ impl<R: RxRing> RxLane<R> {
         for buffers in std::mem::take(&mut self.posted) {
             match buffers.kind {
                 Kind::InPlace { .. } => {}
-                Kind::InPlaceOddHeader { buffers } => self.spare_lists.push(buffers),
-                Kind::InSlot { slot, buffers, .. } => {
+                Kind::OddHeader { buffers } => self.spare_lists.push(buffers),
+                Kind::Bounced { slot, buffers, .. } => {
                     self.slots.put_back(&slot);
                     self.spare_lists.push(buffers);
                 }

@@ -146,7 +146,7 @@ impl Chain {
         let count = u16::try_from(at.len / DESCRIPTOR_BYTES)
             .ok()
             .filter(|count| *count > 0);
-        let Some(count) = count.filter(|_| at.len % DESCRIPTOR_BYTES == 0) else {
+        let Some(count) = count.filter(|_| at.len.is_multiple_of(DESCRIPTOR_BYTES)) else {
             return Err(ChainError::IndirectLen { len: at.len });
         };
         let outside = ChainError::IndirectMemory {

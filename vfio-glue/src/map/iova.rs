@@ -143,8 +143,14 @@ mod tests {
                 .iter()
                 .all(|start| start + (1 << 30) <= 0xfee0_0000 || *start >= 0xfef0_0000)
         );
-        let more = (0..500).take_while(|n| iovas.take(1 << 30, n << 30, None).is_some()).count();
-        assert_eq!(500 + more, 512 - 2, "all cells below 2^39 but the first and the interrupt window's");
+        let more = (0..500)
+            .take_while(|n| iovas.take(1 << 30, n << 30, None).is_some())
+            .count();
+        assert_eq!(
+            500 + more,
+            512 - 2,
+            "all cells below 2^39 but the first and the interrupt window's"
+        );
     }
 
     #[test]

@@ -144,12 +144,12 @@ impl DescriptorRing {
     /// Writes a descriptor into `slot` (masked). The card sees it after the next doorbell.
     #[inline]
     pub fn write(&mut self, slot: u32, descriptor: Descriptor) {
-        let at = self.word(slot, 0);
+        let at = self.word(slot, 0).as_ptr();
         // SAFETY: `word` keeps both words of the slot inside the buffer. The card owns the slot only after a
         // doorbell, and may still read it early: volatile, so both stores happen and none is torn in two.
         unsafe { at.write_volatile(descriptor[0].to_le()) };
         // SAFETY: as above, second word.
-        unsafe { at.add(1).write_volatile(descriptor[1].to_le()) };
+        unsafe { at.wrapping_add(1).write_volatile(descriptor[1].to_le()) };
     }
 
     /// Reads the second word of `slot` (masked), where the card reports; what it wrote before is visible after.

@@ -165,14 +165,13 @@ impl VirtqMemory {
     #[inline]
     pub fn descriptor(&self, index: u16) -> RawDescriptor {
         let offset = DESCRIPTOR_BYTES * usize::from(index & self.mask);
+        let word = self.desc.as_ptr().wrapping_add(offset).cast::<u64>();
         // SAFETY: the masked index is below `size`, so 16 bytes at `offset` lie inside the table, whose length
         // and 16-byte alignment `new` checked and which `_keep` keeps mapped. The guest may write it meanwhile:
         // volatile, once, and callers check the copy.
-        let word = unsafe { self.desc.add(offset) }.cast::<u64>();
-        // SAFETY: as above, first word.
         let low = unsafe { word.read_volatile() };
         // SAFETY: as above, second word.
-        let high = unsafe { word.add(1).read_volatile() };
+        let high = unsafe { word.wrapping_add(1).read_volatile() };
         RawDescriptor::from_words(low, high)
     }
 
@@ -214,10 +213,11 @@ impl VirtqMemory {
     pub fn write_used(&self, position: u16, element: UsedElement) {
         let offset = USED_RING + USED_ELEMENT_BYTES * usize::from(position & self.mask);
         let word = u64::from(element.head) | u64::from(element.len) << 32;
+        let slot = self.used.as_ptr().wrapping_add(offset).cast::<u64>();
         // SAFETY: the masked position is below `size`, so 8 bytes at `offset` lie inside the used ring, whose
         // length and 4-byte alignment `new` checked; the write asks for no more than that. Only the driver
         // reads it, and not before `store_used_idx`.
-        unsafe { self.used.add(offset).cast::<u64>().write_unaligned(word.to_le()) };
+        unsafe { slot.write_unaligned(word.to_le()) };
     }
 
     /// Publishes every element written before `index`, which is our free-running count.
@@ -252,22 +252,24 @@ impl VirtqMemory {
 
     #[inline]
     fn avail_word(&self, offset: usize) -> &AtomicU16 {
+        let word = self.avail.as_ptr().wrapping_add(offset).cast();
         // SAFETY: every offset used here lies inside the available ring for the `size` that `new` checked, is
         // even, and the ring is 2-byte aligned and kept mapped by `_keep`. The guest writes it at any time, so
         // it is only ever touched as an atomic.
-        unsafe { AtomicU16::from_ptr(self.avail.add(offset).cast().as_ptr()) }
+        unsafe { AtomicU16::from_ptr(word) }
     }
 
     #[inline]
     fn used_word(&self, offset: usize) -> &AtomicU16 {
+        let word = self.used.as_ptr().wrapping_add(offset).cast();
         // SAFETY: as for `avail_word`, for the used ring, whose flags, index and event field are 16-bit words
         // at even offsets.
-        unsafe { AtomicU16::from_ptr(self.used.add(offset).cast().as_ptr()) }
+        unsafe { AtomicU16::from_ptr(word) }
     }
 }
 
 fn check(area: &'static str, range: &HostRange, need: usize, align: usize) -> Result<(), VirtqMemoryError> {
-    if range.address() % align as u64 != 0 {
+    if !range.address().is_multiple_of(align as u64) {
         return Err(VirtqMemoryError::Alignment { area, align });
     }
     if range.len() < need {
@@ -286,13 +288,13 @@ fn check(area: &'static str, range: &HostRange, need: usize, align: usize) -> Re
 #[inline]
 pub fn read_indirect(table: HostSlice<'_>, index: u16) -> Option<RawDescriptor> {
     let entry = table.sub(DESCRIPTOR_BYTES * usize::from(index), DESCRIPTOR_BYTES)?;
-    let word = entry.as_ptr().cast::<u64>();
+    let word = entry.as_ptr().cast::<u64>().as_ptr();
     if word.is_aligned() {
         // SAFETY: `entry` is 16 live bytes and aligned. The guest may change them meanwhile: volatile, once, and
         // callers check the copy.
         let low = unsafe { word.read_volatile() };
         // SAFETY: as above, second word.
-        let high = unsafe { word.add(1).read_volatile() };
+        let high = unsafe { word.wrapping_add(1).read_volatile() };
         return Some(RawDescriptor::from_words(low, high));
     }
     let mut bytes = [[0; 8]; 2];
