@@ -26,7 +26,11 @@ pub enum Direction {
 impl Direction {
     /// The direction of virtqueue `index` (virtio 1.2 §5.1.2).
     pub fn of(index: usize) -> Self {
-        if index % 2 == 0 { Self::Rx } else { Self::Tx }
+        if index.is_multiple_of(2) {
+            Self::Rx
+        } else {
+            Self::Tx
+        }
     }
 
     /// The word in logs and `stats`.

@@ -92,8 +92,10 @@ fn serve_all<'scope>(
     tracing::info!(ports = ports.len(), "ready");
     let panicked = serving
         .into_iter()
-        .fold(false, |panicked, thread| thread.join().is_err() || panicked);
-    if panicked {
+        .map(|thread| thread.join().is_err())
+        .filter(|panicked| *panicked)
+        .count();
+    if panicked > 0 {
         bail!("a port's thread panicked")
     } else {
         Ok(())
