@@ -42,6 +42,7 @@ fn run(config: &Config) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     let stop = Stop::new().context("cannot make the stop event")?;
