@@ -11,6 +11,7 @@
 //! Read with: Linux `Documentation/userspace-api/iommufd.rst`, `Documentation/driver-api/vfio.rst`.
 
 mod choose;
+pub mod fake;
 mod iommufd;
 mod node;
 pub mod software;

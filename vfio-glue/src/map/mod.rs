@@ -309,7 +309,11 @@ impl MemoryMap {
     /// What is in the map now, in order of IOVA.
     pub fn snapshot(&self) -> MapSnapshot {
         let books = self.books();
-        let mut extents: Vec<ExtentSnapshot> = books.extents.values().map(Record::snapshot).collect();
+        let mut extents: Vec<ExtentSnapshot> = books
+            .extents
+            .values()
+            .map(|record| record.snapshot(books.iommu.as_ref()))
+            .collect();
         extents.sort_by_key(|extent| extent.iova);
         let mapped_bytes = extents.iter().map(|extent| extent.len).sum();
         MapSnapshot {
@@ -491,7 +495,13 @@ impl Books {
 }
 
 impl Record {
-    fn snapshot(&self) -> ExtentSnapshot {
+    fn snapshot(&self, iommu: &dyn Iommu) -> ExtentSnapshot {
+        // type1 maps everything when a device comes and forgets it when the last one leaves.
+        let by = match (iommu.kind(), iommu.pins_now()) {
+            (IommuKind::Type1, true) => MappedBy::Address,
+            (IommuKind::Type1, false) => MappedBy::Model,
+            _ => self.by,
+        };
         let fd = self.extent.file.as_raw_fd();
         let file = std::fs::read_link(format!("/proc/self/fd/{fd}"));
         ExtentSnapshot {
@@ -499,7 +509,7 @@ impl Record {
             len: self.extent.len(),
             file: file.map_or_else(|_| "?".to_owned(), |path| path.display().to_string()),
             file_offset: self.extent.file_offset(),
-            by: self.by,
+            by,
             owners: self.owners.clone(),
         }
     }
@@ -617,4 +627,188 @@ pub struct ExtentSnapshot {
     pub by: MappedBy,
     /// Who asked for it, once for each time.
     pub owners: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::{FrontendAddress, GuestAddress};
+    use crate::iommu::fake::FakeKernel;
+    use crate::memory::{DmaBuffer, Table, TableHint};
+
+    const MIB: u64 = 1 << 20;
+
+    fn memfd(len: u64) -> Arc<File> {
+        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(len).unwrap();
+        Arc::new(file)
+    }
+
+    fn region(file: &Arc<File>, guest: u64, len: u64, file_offset: u64) -> RegionSpec {
+        let (guest, frontend) = (GuestAddress(guest), FrontendAddress(guest + (1 << 40)));
+        RegionSpec {
+            guest,
+            frontend,
+            len,
+            file: Arc::clone(file),
+            file_offset,
+        }
+    }
+
+    fn fake() -> (FakeKernel, Arc<MemoryMap>) {
+        let kernel = FakeKernel::default();
+        let map = MemoryMap::new("main", kernel.iommu());
+        (kernel, map)
+    }
+
+    #[test]
+    fn r1_a_map_is_filled_and_inspected_with_no_device() {
+        let (kernel, map) = fake();
+        let file = memfd(4 * MIB);
+        let region = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+        let seen = map.snapshot();
+        assert_eq!(
+            (seen.mapped_bytes, seen.pinned_bytes, seen.devices.len()),
+            (4 * MIB, 0, 0)
+        );
+        assert_eq!(kernel.mapped(), vec![(seen.extents[0].iova.raw(), 4 * MIB)]);
+        map.remove_region("vm0", &region).unwrap();
+        assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    #[test]
+    fn r4_the_same_memory_of_two_ports_is_mapped_once_and_goes_with_the_last() {
+        let (kernel, map) = fake();
+        let file = memfd(4 * MIB);
+        let again = Arc::new(file.try_clone().unwrap());
+        let first = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+        let second = map
+            .add_region("vm1", region(&again, 0x8000_0000, 4 * MIB, 0))
+            .unwrap();
+        assert_eq!(kernel.mapped().len(), 1);
+        assert_eq!(map.snapshot().extents[0].owners, vec!["vm0", "vm1"]);
+        map.remove_region("vm0", &first).unwrap();
+        assert_eq!(kernel.mapped().len(), 1);
+        map.remove_region("vm1", &second).unwrap();
+        assert_eq!(kernel.mapped().len(), 0);
+    }
+
+    #[test]
+    fn two_guests_with_equal_addresses_get_different_iovas() {
+        let (_, map) = fake();
+        let table = |owner: &str| {
+            let region = map
+                .add_region(owner, region(&memfd(MIB), 0x1000, MIB, 0))
+                .unwrap();
+            Table::new(vec![Arc::new(region)]).unwrap()
+        };
+        let (a, b) = (table("vm0"), table("vm1"));
+        let iova = |table: &Table| {
+            table
+                .lookup(&mut TableHint::default(), GuestAddress(0x1000), 16)
+                .unwrap()
+                .iova
+        };
+        assert_ne!(iova(&a), iova(&b));
+    }
+
+    #[test]
+    fn a_region_over_a_cells_border_is_two_extents_side_by_side() {
+        let (kernel, map) = fake();
+        // Sparse: only addresses are asked for.
+        let file = memfd(CELL_BYTES + 2 * MIB);
+        let spec = region(&file, 0x10_0000, 3 * MIB, CELL_BYTES - MIB);
+        let table = Table::new(vec![Arc::new(map.add_region("vm0", spec).unwrap())]).unwrap();
+        assert_eq!(kernel.mapped().len(), 2);
+        let mut hint = TableHint::default();
+        let border = 0x10_0000 + MIB;
+        let before = table.lookup(&mut hint, GuestAddress(border - 100), 300).unwrap();
+        assert_eq!(before.len(), 100, "a piece ends with its extent");
+        let after = table.lookup(&mut hint, GuestAddress(border), 200).unwrap();
+        assert_eq!(after.len(), 200);
+        let across = table.host_range(GuestAddress(border - 4), 8).unwrap();
+        across.whole().copy_from(b"abcdefgh");
+        let mut seen = [0; 4];
+        after.host.copy_to(&mut seen);
+        assert_eq!(&seen, b"efgh", "a virtqueue over the border is one range for us");
+        assert!(
+            table
+                .lookup(&mut hint, GuestAddress(0x10_0000 + 3 * MIB), 1)
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn a_refused_region_leaves_nothing_behind() {
+        let (kernel, map) = fake();
+        let kept = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        let before = kernel.mapped();
+        kernel.fail_after(1);
+        let file = memfd(CELL_BYTES + 2 * MIB);
+        let refused = map.add_region("vm0", region(&file, 1 << 32, 3 * MIB, CELL_BYTES - MIB));
+        assert!(matches!(refused, Err(MapError::Iommu(_))));
+        assert_eq!(kernel.mapped(), before);
+        assert_eq!(map.snapshot().extents.len(), 1);
+        map.remove_region("vm0", &kept).unwrap();
+    }
+
+    #[test]
+    fn an_unmap_that_fails_keeps_its_iova_out_of_use() {
+        let (kernel, map) = fake();
+        let region_a = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        kernel.fail_after(0);
+        assert!(map.remove_region("vm0", &region_a).is_err());
+        let stuck = kernel.mapped()[0];
+        let _b = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        assert_eq!(kernel.mapped().len(), 2);
+        assert!(kernel.mapped().contains(&stuck));
+    }
+
+    #[test]
+    fn regions_that_wrap_or_are_longer_than_their_file_are_refused_with_numbers() {
+        let (kernel, map) = fake();
+        let at_the_end = RegionSpec {
+            guest: GuestAddress(u64::MAX - 10),
+            ..region(&memfd(MIB), 0, MIB, 0)
+        };
+        let wraps = map.add_region("vm0", at_the_end).unwrap_err();
+        assert!(matches!(wraps, MapError::Wraps { .. }));
+        let short = map
+            .add_region("vm0", region(&memfd(MIB), 0, 2 * MIB, 0))
+            .unwrap_err();
+        let shown = format!("{short}: {}", std::error::Error::source(&short).unwrap());
+        assert_eq!(
+            shown,
+            "guest region at 0x0 (0x200000 bytes) is refused: the memory announced ends at 0x200000 of its file, \
+             which is only 0x100000 bytes long"
+        );
+        assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    #[test]
+    fn memory_of_our_own_comes_and_goes_with_its_buffer() {
+        let (kernel, map) = fake();
+        let buffer = DmaBuffer::new(&map, "rings", "card", 5000).unwrap();
+        assert_eq!(buffer.len(), 8192);
+        assert!(kernel.is_mapped(buffer.iova().raw(), 8192));
+        assert!(map.snapshot().extents[0].file.contains("vuv-rings"));
+        drop(buffer);
+        assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    #[test]
+    fn overlapping_regions_make_no_table() {
+        let (_, map) = fake();
+        let file = memfd(2 * MIB);
+        let a = Arc::new(map.add_region("vm0", region(&file, 0, MIB, 0)).unwrap());
+        let b = Arc::new(
+            map.add_region("vm0", region(&file, MIB - 4096, MIB, MIB))
+                .unwrap(),
+        );
+        let error = Table::new(vec![b, a]).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "region at 0xff000 (guest-physical) starts inside the one at 0x0, which is 0x100000 bytes long"
+        );
+    }
 }
