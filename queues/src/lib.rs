@@ -16,4 +16,6 @@ pub mod clock;
 pub mod lane;
 pub mod net_header;
 pub mod nic;
+#[cfg(test)]
+mod testing;
 pub mod virtq;

@@ -527,3 +527,222 @@ impl<R: RxRing> Lane for RxLane<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::testing::{BASE, BUFFERS, FakeRing, Guest, SECOND, WRITE, Wire, receive};
+
+    const BUFFER: u64 = BASE + BUFFERS;
+    const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+
+    struct Bench {
+        guest: Guest,
+        lane: Box<RxLane<FakeRing>>,
+        wire: Arc<Mutex<Wire>>,
+        stats: Arc<crate::lane::LaneStats>,
+    }
+
+    impl Bench {
+        fn of_size(size: u16) -> Self {
+            let guest = Guest::with_queue(size);
+            let (ring, wire) = FakeRing::new();
+            let (again, _) = FakeRing::new();
+            let berth = Berth::with(again);
+            berth.take();
+            let setup = guest.lane_setup();
+            let stats = Arc::clone(&setup.stats);
+            let lane = Box::new(RxLane::start(setup, ring, berth).unwrap());
+            Self {
+                guest,
+                lane,
+                wire,
+                stats,
+            }
+        }
+
+        fn offer(&mut self, head: u16, buffers: &[(u64, u32)]) {
+            self.guest.offer_chain(head, buffers, WRITE);
+        }
+
+        fn posted(&self) -> Vec<Iova> {
+            self.wire.lock().unwrap().posted.iter().copied().collect()
+        }
+
+        fn receive(&self, frame: &[u8]) {
+            receive(&self.guest, &self.wire, frame);
+        }
+    }
+
+    fn frame(len: u32) -> Vec<u8> {
+        (0..len).map(|byte| u8::try_from(byte % 251).unwrap()).collect()
+    }
+
+    #[test]
+    fn trap_1_the_card_writes_behind_the_header_and_we_write_the_header() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.write(BUFFER, &[0xff; 12]);
+        bench.offer(2, &[(BUFFER, 1530)]);
+        bench.lane.poll();
+        assert_eq!(bench.posted(), vec![bench.guest.iova(BUFFER).offset(12)]);
+        bench.receive(&frame(100));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(2, 112)], "trap 43: the header counts");
+        assert_eq!(bench.guest.read(BUFFER, 112), [&HEADER[..], &frame(100)].concat());
+        assert_eq!(
+            (bench.stats.zero_copy_frames.get(), bench.stats.copied_bytes.get()),
+            (1, 0)
+        );
+        assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn header_and_frame_may_have_buffers_of_their_own() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(BUFFER, 12), (BUFFER + 0x1000, 2000)]);
+        bench.offer(
+            4,
+            &[
+                (BUFFER + 0x4000, 7),
+                (BUFFER + 0x5000, 5),
+                (BUFFER + 0x6000, 1518),
+            ],
+        );
+        bench.lane.poll();
+        assert_eq!(
+            bench.posted(),
+            vec![
+                bench.guest.iova(BUFFER + 0x1000),
+                bench.guest.iova(BUFFER + 0x6000)
+            ]
+        );
+        bench.receive(&frame(60));
+        bench.receive(&frame(61));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 72), (4, 73)]);
+        assert_eq!(bench.guest.read(BUFFER, 12), HEADER);
+        assert_eq!(bench.guest.read(BUFFER + 0x4000, 7), HEADER[..7]);
+        assert_eq!(bench.guest.read(BUFFER + 0x5000, 5), HEADER[7..]);
+        assert_eq!(bench.guest.read(BUFFER + 0x6000, 61), frame(61));
+        assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn trap_4_a_short_buffer_gets_a_slot_and_keeps_its_turn() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(BUFFER, 1529)]);
+        bench.offer(1, &[(BUFFER + 0x1000, 1530)]);
+        bench.lane.poll();
+        let first = bench.posted()[0];
+        assert_ne!(
+            first,
+            bench.guest.iova(BUFFER).offset(12),
+            "one byte too short for the card"
+        );
+        assert!(bench.guest.has_bounce_memory());
+        bench.receive(&frame(200));
+        bench.receive(&frame(201));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 212), (1, 213)]);
+        assert_eq!(bench.guest.read(BUFFER, 212), [&HEADER[..], &frame(200)].concat());
+        assert_eq!(bench.stats.bounced[Bounce::ShortBuffer as usize].get(), 1);
+        assert_eq!(bench.stats.copied_bytes.get(), 200);
+    }
+
+    #[test]
+    fn a_frame_too_long_for_its_buffer_is_lost_and_its_chain_comes_back_empty() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.write(BUFFER, &[0xaa; 300]);
+        bench.offer(0, &[(BUFFER, 112)]);
+        bench.lane.poll();
+        bench.receive(&frame(101));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 0)]);
+        assert_eq!(
+            bench.guest.read(BUFFER, 300),
+            vec![0xaa; 300],
+            "and nothing was written"
+        );
+        assert_eq!(bench.stats.dropped[Drop::NoRoom as usize].get(), 1);
+    }
+
+    #[test]
+    fn a_buffer_over_two_regions_gets_a_slot() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(SECOND - 100, 1600)]);
+        bench.lane.poll();
+        bench.receive(&frame(500));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 512)]);
+        assert_eq!(bench.guest.read(SECOND - 88, 88), frame(500)[..88]);
+        assert_eq!(bench.guest.read(SECOND, 412), frame(500)[88..]);
+        assert_eq!(bench.stats.bounced[Bounce::SplitBuffer as usize].get(), 1);
+    }
+
+    #[test]
+    fn what_the_card_reports_is_not_believed() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(BUFFER, 2000)]);
+        bench.offer(1, &[(BUFFER + 0x1000, 2000)]);
+        bench.lane.poll();
+        let mut wire = bench.wire.lock().unwrap();
+        wire.filled.push_back(Received {
+            len: 65535,
+            verdict: Verdict::Good,
+        });
+        wire.filled.push_back(Received {
+            len: 60,
+            verdict: Verdict::Bad,
+        });
+        drop(wire);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 0), (1, 0)]);
+        assert_eq!(bench.stats.dropped[Drop::Damaged as usize].get(), 2);
+    }
+
+    #[test]
+    fn a_broken_chain_retires_the_lane() {
+        for (buffers, flags) in [
+            (vec![(BUFFER, 11)], WRITE),
+            (vec![(BUFFER, 2000)], 0),
+            (vec![(16, 2000)], WRITE),
+            (vec![(BUFFER, 1530), (16, 10)], WRITE),
+            (vec![(SECOND + crate::testing::LEN - 100, 1530)], WRITE),
+        ] {
+            let mut bench = Bench::of_size(8);
+            bench.guest.offer_chain(4, &buffers, flags);
+            assert_eq!(bench.lane.poll(), Progress::Retired, "{buffers:x?}");
+            assert!(bench.posted().is_empty());
+        }
+    }
+
+    #[test]
+    fn trap_12_a_stopped_lane_passes_on_what_came_and_rewinds_the_rest() {
+        let mut bench = Bench::of_size(8);
+        for head in 0..4 {
+            bench.offer(head, &[(BUFFER + 0x1000 * u64::from(head), 1530)]);
+        }
+        bench.lane.poll();
+        bench.receive(&frame(60));
+        let wire = Arc::clone(&bench.wire);
+        let stopped = bench.lane.stop();
+        assert_eq!(stopped.first_unused, 1);
+        assert_eq!(bench.guest.used(), vec![(0, 72)]);
+        assert!(!wire.lock().unwrap().running);
+        assert!(wire.lock().unwrap().posted.is_empty());
+    }
+
+    #[test]
+    fn slots_are_used_again() {
+        let mut bench = Bench::of_size(4);
+        for round in 0..20u16 {
+            bench.offer(round % 4, &[(BUFFER, 500)]);
+            bench.lane.poll();
+            bench.receive(&frame(60));
+            bench.lane.poll();
+            assert_eq!(bench.guest.used_idx(), round + 1);
+        }
+    }
+}

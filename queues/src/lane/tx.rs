@@ -484,3 +484,250 @@ impl<R: TxRing> Lane for TxLane<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::testing::{BASE, BUFFERS, FakeRing, Guest, INDIRECT, SECOND, WRITE, Wire};
+
+    const BUFFER: u64 = BASE + BUFFERS;
+
+    struct Bench {
+        guest: Guest,
+        lane: Box<TxLane<FakeRing>>,
+        wire: Arc<Mutex<Wire>>,
+        stats: Arc<crate::lane::LaneStats>,
+    }
+
+    impl Bench {
+        fn of_size(size: u16) -> Self {
+            let guest = Guest::with_queue(size);
+            let (ring, wire) = FakeRing::new();
+            let (again, _) = FakeRing::new();
+            let berth = Berth::with(again);
+            berth.take();
+            let setup = guest.lane_setup();
+            let stats = Arc::clone(&setup.stats);
+            let lane = Box::new(TxLane::start(setup, ring, berth).unwrap());
+            Self {
+                guest,
+                lane,
+                wire,
+                stats,
+            }
+        }
+
+        /// Offers a frame of `len` bytes after a header, in one buffer.
+        fn offer(&mut self, head: u16, len: u32) {
+            self.guest
+                .offer_chain(head, &[(BUFFER + 0x1000 * u64::from(head), 12 + len)], 0);
+        }
+
+        /// The card finishes its oldest frames.
+        fn finish(&self, frames: usize) {
+            self.wire.lock().unwrap().sent = frames;
+        }
+
+        fn sending(&self) -> Vec<Vec<Segment>> {
+            self.wire.lock().unwrap().sending.iter().cloned().collect()
+        }
+
+        /// The bytes of the `n`th frame with the card.
+        fn bytes(&self, n: usize) -> Vec<u8> {
+            self.sending()[n]
+                .iter()
+                .flat_map(|segment| self.guest.dma_read(*segment))
+                .collect()
+        }
+    }
+
+    #[test]
+    fn a_frame_goes_out_in_place_and_comes_back_when_the_card_is_done() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(3, 60);
+        assert_eq!(bench.lane.poll(), Progress::Moved);
+        let in_place = Segment {
+            iova: bench.guest.iova(BUFFER + 0x3000).offset(12),
+            len: 60,
+        };
+        assert_eq!(bench.sending(), vec![vec![in_place]]);
+        assert_eq!(bench.guest.used(), vec![], "trap 10: not before the card is done");
+        bench.finish(1);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(3, 0)]);
+        assert_eq!(
+            (bench.stats.zero_copy_frames.get(), bench.stats.copied_bytes.get()),
+            (1, 0)
+        );
+        assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn any_layout_of_the_header_is_understood() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.write(BUFFER, &[7; 200]);
+        bench.guest.offer_chain(0, &[(BUFFER, 12), (BUFFER + 100, 60)], 0);
+        bench
+            .guest
+            .offer_chain(2, &[(BUFFER, 5), (BUFFER + 50, 8), (BUFFER + 100, 59)], 0);
+        bench.lane.poll();
+        assert_eq!(bench.sending()[0].len(), 1);
+        assert_eq!(bench.bytes(0).len(), 60);
+        assert_eq!(
+            bench.bytes(1).len(),
+            1 + 59,
+            "12 header bytes over two descriptors, one frame byte in the second"
+        );
+        assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn trap_41_a_buffer_over_two_regions_becomes_two_segments() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.write(SECOND - 12 - 40, &[0; 12]);
+        let frame: Vec<u8> = (0..80).collect();
+        bench.guest.write(SECOND - 40, &frame[..40]);
+        bench.guest.write(SECOND, &frame[40..]);
+        bench.guest.offer_chain(0, &[(SECOND - 52, 92)], 0);
+        bench.lane.poll();
+        assert_eq!(bench.sending()[0].len(), 2);
+        assert_eq!(bench.bytes(0), frame);
+    }
+
+    #[test]
+    fn trap_42_more_pieces_than_the_card_takes_are_joined_in_a_slot() {
+        let mut bench = Bench::of_size(32);
+        let table = BASE + 0xc000;
+        let frame: Vec<u8> = (0..90).collect();
+        bench.guest.write(BUFFER + 0x100, &frame);
+        bench.guest.descriptor_at(table, 0, BUFFER, 12, 1, 1);
+        for n in 0..9u16 {
+            let next = if n == 8 { 0 } else { 1 };
+            bench
+                .guest
+                .descriptor_at(table, n + 1, BUFFER + 0x100 + 10 * u64::from(n), 10, next, n + 2);
+        }
+        bench.guest.offer_chain(5, &[(table, 160)], INDIRECT);
+        bench.lane.poll();
+        assert_eq!(bench.sending()[0].len(), 1);
+        assert_eq!(bench.bytes(0), frame);
+        assert_eq!(bench.stats.bounced[Bounce::ManySegments as usize].get(), 1);
+        assert_eq!(bench.stats.copied_bytes.get(), 90);
+        assert!(bench.guest.has_bounce_memory(), "a bounce shows in the map");
+        bench.finish(1);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(5, 0)]);
+    }
+
+    #[test]
+    fn a_very_short_frame_is_padded_with_zeroes_and_never_with_what_follows() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.write(BUFFER, &[0xee; 200]);
+        bench.offer(0, 16);
+        bench.lane.poll();
+        let mut padded = vec![0xee; 16];
+        padded.resize(60, 0);
+        assert_eq!(bench.bytes(0), padded);
+    }
+
+    #[test]
+    fn lost_frames_keep_their_turn() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, 60);
+        bench.offer(1, 13);
+        bench.offer(2, 2000);
+        bench.offer(3, 60);
+        bench.lane.poll();
+        assert_eq!(
+            bench.guest.used(),
+            vec![],
+            "the first is with the card, so the lost ones wait"
+        );
+        bench.finish(1);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 0), (1, 0), (2, 0)]);
+        assert_eq!(bench.stats.dropped[Drop::Runt as usize].get(), 1);
+        assert_eq!(bench.stats.dropped[Drop::Oversize as usize].get(), 1);
+    }
+
+    #[test]
+    fn a_full_ring_leaves_chains_in_the_virtqueue() {
+        let mut bench = Bench::of_size(128);
+        for head in 0..100 {
+            bench.guest.offer_chain(head, &[(BUFFER, 72)], 0);
+        }
+        for _ in 0..5 {
+            bench.lane.poll();
+        }
+        assert_eq!(bench.sending().len(), 64 - FakeRing::MAX_SEGMENTS + 1);
+        bench.finish(10);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used().len(), 10);
+        assert_eq!(bench.sending().len(), 64 - FakeRing::MAX_SEGMENTS + 1);
+    }
+
+    #[test]
+    fn a_broken_chain_retires_the_lane_and_nothing_else() {
+        for (buffers, flags) in [
+            (vec![(BUFFER, 11)], 0),
+            (vec![(BUFFER, 100)], WRITE),
+            (vec![(16, 100)], 0),
+            (vec![(BUFFER, 12), (SECOND + crate::testing::LEN - 10, 60)], 0),
+            (vec![(u64::MAX - 5, 100)], 0),
+        ] {
+            let mut bench = Bench::of_size(8);
+            bench.offer(0, 60);
+            bench.guest.offer_chain(4, &buffers, flags);
+            assert_eq!(bench.lane.poll(), Progress::Retired);
+            assert_eq!(bench.lane.poll(), Progress::Retired);
+            assert_eq!(bench.stats.errors.get(), 1);
+            let stopped = bench.lane.stop();
+            assert_eq!(stopped.first_unused, 0);
+        }
+    }
+
+    #[test]
+    fn trap_12_a_stopped_lane_answers_with_the_first_frame_not_sent() {
+        let mut bench = Bench::of_size(8);
+        for head in 0..4 {
+            bench.offer(head, 60);
+        }
+        bench.lane.poll();
+        bench.finish(3);
+        let wire = Arc::clone(&bench.wire);
+        let stopped = bench.lane.stop();
+        assert_eq!(stopped.first_unused, 3);
+        assert_eq!(bench.guest.used().len(), 3);
+        assert!(!wire.lock().unwrap().running);
+    }
+
+    #[test]
+    fn trap_10_without_a_link_frames_are_given_back_lost_and_counted() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, 60);
+        bench.lane.poll();
+        bench.lane.set_link(false).unwrap();
+        assert_eq!(
+            bench.guest.used(),
+            vec![(0, 0)],
+            "what was with the card comes back"
+        );
+        bench.offer(1, 60);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 0), (1, 0)]);
+        assert_eq!(bench.stats.dropped[Drop::LinkDown as usize].get(), 2);
+        bench.lane.set_link(true).unwrap();
+        bench.offer(2, 60);
+        bench.lane.poll();
+        assert_eq!(bench.sending().len(), 1);
+    }
+
+    #[test]
+    fn a_queue_that_will_not_stop_is_reported() {
+        let bench = Bench::of_size(8);
+        bench.wire.lock().unwrap().stop_fails = true;
+        assert!(bench.lane.stop().card.is_err());
+    }
+}

@@ -206,3 +206,156 @@ impl Chain {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Address, GuestMemoryMmap};
+
+    use super::*;
+    use crate::testing::{BASE, BUFFERS, Guest, INDIRECT as IND, NEXT as N, WRITE as W};
+
+    const BUFFER: u64 = BASE + BUFFERS;
+    const TABLE: u64 = BASE + 0xc000;
+
+    fn read(guest: &Guest, head: u16) -> Result<Chain, ChainError> {
+        let mut chain = Chain::with_room_for(guest.size);
+        chain.read(&guest.memory(), &guest.table, head).map(|()| chain)
+    }
+
+    fn lens(buffers: &[Buffer]) -> Vec<u32> {
+        buffers.iter().map(|buffer| buffer.len).collect()
+    }
+
+    #[test]
+    fn a_direct_chain_is_read_in_order_without_its_empty_buffers() {
+        let guest = Guest::with_queue(4);
+        guest.descriptor(3, BUFFER, 10, N, 0);
+        guest.descriptor(0, BUFFER, 0, N, 2);
+        guest.descriptor(2, BUFFER, 20, W, 9);
+        let chain = read(&guest, 3).unwrap();
+        assert_eq!(
+            (lens(chain.readable()), lens(chain.writable())),
+            (vec![10], vec![20])
+        );
+    }
+
+    #[test]
+    fn an_indirect_chain_may_follow_direct_buffers() {
+        let guest = Guest::with_queue(4);
+        guest.descriptor(0, BUFFER, 10, N, 1);
+        guest.descriptor(1, TABLE, 32, IND, 0);
+        guest.descriptor_at(TABLE, 0, BUFFER, 11, N, 1);
+        guest.descriptor_at(TABLE, 1, BUFFER, 12, 0, 0);
+        assert_eq!(lens(read(&guest, 0).unwrap().readable()), vec![10, 11, 12]);
+    }
+
+    #[test]
+    fn trap_40_hostile_chains_are_refused_each_with_its_reason() {
+        let guest = Guest::with_queue(4);
+        guest.descriptor(0, BUFFER, 1, N, 1);
+        guest.descriptor(1, BUFFER, 1, N, 0);
+        assert_eq!(read(&guest, 0).unwrap_err(), ChainError::TooLong { size: 4 });
+        guest.descriptor(1, BUFFER, 1, N, 4);
+        assert_eq!(
+            read(&guest, 0).unwrap_err(),
+            ChainError::Next { next: 4, size: 4 }
+        );
+        guest.descriptor(0, BUFFER, 1, N | W, 1);
+        guest.descriptor(1, BUFFER, 1, 0, 0);
+        assert_eq!(read(&guest, 0).unwrap_err(), ChainError::Order);
+
+        guest.descriptor(0, TABLE, 16, IND | N, 1);
+        assert_eq!(read(&guest, 0).unwrap_err(), ChainError::Indirect);
+        guest.descriptor_at(TABLE, 0, TABLE, 16, IND, 0);
+        guest.descriptor(0, TABLE, 16, IND, 0);
+        assert_eq!(read(&guest, 0).unwrap_err(), ChainError::Indirect);
+        for len in [0, 8, 17] {
+            guest.descriptor(0, TABLE, len, IND, 0);
+            assert_eq!(read(&guest, 0).unwrap_err(), ChainError::IndirectLen { len });
+        }
+        guest.descriptor(0, 16, 32, IND, 0);
+        assert_eq!(
+            read(&guest, 0).unwrap_err(),
+            ChainError::IndirectMemory { start: 16, len: 32 }
+        );
+        guest.descriptor(0, TABLE, 16, IND, 0);
+        guest.descriptor_at(TABLE, 0, BUFFER, 1, N, 0);
+        assert_eq!(read(&guest, 0).unwrap_err(), ChainError::TooLong { size: 4 });
+        guest.descriptor_at(TABLE, 0, BUFFER, 1, N, 1);
+        assert_eq!(
+            read(&guest, 0).unwrap_err(),
+            ChainError::Next { next: 1, size: 1 }
+        );
+    }
+
+    #[test]
+    fn an_indirect_table_over_two_regions_is_refused() {
+        let guest = Guest::with_queue(4);
+        let across = crate::testing::SECOND - 16;
+        guest.descriptor(0, across, 32, IND, 0);
+        assert_eq!(
+            read(&guest, 0).unwrap_err(),
+            ChainError::IndirectMemory {
+                start: across,
+                len: 32
+            }
+        );
+    }
+
+    /// The oracle: `virtio-queue` reads the same descriptors.
+    fn oracle(guest: &Guest, head: u16) -> (Vec<u32>, Vec<u32>) {
+        let base = vm_memory::GuestAddress(0);
+        let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(base, 0x40_0000)]).unwrap();
+        let all = guest.read(BASE, BUFFERS as usize);
+        vm_memory::Bytes::write_slice(&memory, &all, vm_memory::GuestAddress(BASE)).unwrap();
+        let mut queue = Queue::new(guest.size).unwrap();
+        queue.set_size(guest.size);
+        queue.set_desc_table_address(Some(low(BASE)), None);
+        queue.set_avail_ring_address(Some(low(BASE + 0x8000)), None);
+        queue.set_used_ring_address(Some(low(BASE + 0xa000)), None);
+        queue.set_ready(true);
+        let chain = queue.pop_descriptor_chain(&memory).unwrap();
+        assert_eq!(chain.head_index(), head);
+        let mut found = (Vec::new(), Vec::new());
+        for descriptor in chain {
+            let list = if descriptor.is_write_only() {
+                &mut found.1
+            } else {
+                &mut found.0
+            };
+            if descriptor.len() > 0 {
+                assert!(descriptor.addr().raw_value() >= BASE);
+                list.push(descriptor.len());
+            }
+        }
+        found
+    }
+
+    fn low(address: u64) -> u32 {
+        u32::try_from(address).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_we_accept_the_oracle_reads_alike(
+            descriptors in prop::collection::vec((0u32..100, 0u16..8, 0u16..10), 8),
+            indirect in prop::collection::vec((0u32..100, 0u16..4, 0u16..5), 4),
+            head in 0u16..8,
+        ) {
+            let mut guest = Guest::with_queue(8);
+            for (index, (len, flags, next)) in (0..).zip(&descriptors) {
+                let (addr, len) = if flags & IND == 0 { (BUFFER, *len) } else { (TABLE, 16 * (len % 6)) };
+                guest.descriptor(index, addr, len, *flags, *next);
+            }
+            for (index, (len, flags, next)) in (0..).zip(&indirect) {
+                guest.descriptor_at(TABLE, index, BUFFER, *len, *flags, *next);
+            }
+            guest.offer(head);
+            if let Ok(chain) = read(&guest, head) {
+                prop_assert_eq!(oracle(&guest, head), (lens(chain.readable()), lens(chain.writable())));
+            }
+        }
+    }
+}

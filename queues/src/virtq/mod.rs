@@ -216,3 +216,113 @@ pub struct Healed {
     /// What memory says.
     pub used: u16,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Guest;
+
+    const BUFFER: u64 = crate::testing::BASE + crate::testing::BUFFERS;
+
+    #[test]
+    fn chains_come_out_in_order_and_go_back_in_one_store() {
+        let mut guest = Guest::with_queue(4);
+        let mut virtq = guest.virtq();
+        let mut chain = Chain::with_room_for(4);
+        guest.offer_chain(2, &[(BUFFER, 60)], 0);
+        guest.offer_chain(0, &[(BUFFER + 100, 60)], 0);
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(Some(2)));
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(Some(0)));
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(None));
+        virtq.give(2, 0);
+        virtq.give(0, 7);
+        assert_eq!(guest.used(), vec![], "nothing is seen before it is published");
+        virtq.publish();
+        assert_eq!(guest.used(), vec![(2, 0), (0, 7)]);
+    }
+
+    #[test]
+    fn trap_13_a_base_of_zero_is_healed_from_the_used_index() {
+        let guest = Guest::with_queue(4);
+        guest.set_used_idx(9);
+        let (virtq, healed) = Virtq::start(guest.memory(), 0, WakeUps::ByFlag);
+        assert_eq!(healed, Err(Healed { base: 0, used: 9 }));
+        assert_eq!(virtq.first_unused(), 9);
+    }
+
+    #[test]
+    fn trap_12_what_was_taken_and_not_given_back_is_taken_again_after_a_rewind() {
+        let mut guest = Guest::with_queue(4);
+        let mut virtq = guest.virtq();
+        let mut chain = Chain::with_room_for(4);
+        for head in [0, 1, 2] {
+            guest.offer_chain(head, &[(BUFFER, 60)], 0);
+            virtq.pop(&guest.table, &mut chain).unwrap();
+        }
+        virtq.give(0, 0);
+        virtq.rewind();
+        assert_eq!(virtq.first_unused(), 1);
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(Some(1)));
+        virtq.untake();
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(Some(1)));
+    }
+
+    #[test]
+    fn an_available_index_that_jumps_breaks_the_queue() {
+        let mut guest = Guest::with_queue(4);
+        let mut virtq = guest.virtq();
+        guest.set_avail_idx(5);
+        let mut chain = Chain::with_room_for(4);
+        let broken = VirtqError::AvailIndex {
+            from: 0,
+            to: 5,
+            size: 4,
+        };
+        assert_eq!(virtq.pop(&guest.table, &mut chain), Err(broken));
+    }
+
+    #[test]
+    fn entries_in_flight_cannot_be_offered_again() {
+        let mut guest = Guest::with_queue(2);
+        let mut virtq = guest.virtq();
+        let mut chain = Chain::with_room_for(2);
+        for head in [0, 1] {
+            guest.offer_chain(head, &[(BUFFER, 60)], 0);
+            virtq.pop(&guest.table, &mut chain).unwrap();
+        }
+        guest.offer(0);
+        assert!(matches!(
+            virtq.pop(&guest.table, &mut chain),
+            Err(VirtqError::AvailIndex { .. })
+        ));
+    }
+
+    #[test]
+    fn a_head_outside_the_table_breaks_the_queue() {
+        let mut guest = Guest::with_queue(4);
+        let mut virtq = guest.virtq();
+        guest.offer(4);
+        let broken = VirtqError::Head {
+            position: 0,
+            head: 4,
+            size: 4,
+        };
+        assert_eq!(virtq.pop(&guest.table, &mut Chain::with_room_for(4)), Err(broken));
+    }
+
+    #[test]
+    fn positions_wrap_at_sixteen_bits() {
+        let mut guest = Guest::with_queue(4);
+        guest.set_used_idx(u16::MAX);
+        guest.set_avail_idx(u16::MAX);
+        let mut virtq = guest.virtq();
+        let mut chain = Chain::with_room_for(4);
+        for head in [3, 1] {
+            guest.offer_chain(head, &[(BUFFER, 60)], 0);
+            assert_eq!(virtq.pop(&guest.table, &mut chain), Ok(Some(head)));
+            virtq.give(head, 0);
+        }
+        virtq.publish();
+        assert_eq!(guest.used_idx(), 1);
+    }
+}

@@ -76,3 +76,63 @@ impl Notification {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Guest;
+
+    const AVAIL_FLAGS: u64 = crate::testing::BASE + 0x8000;
+    const USED_EVENT: u64 = AVAIL_FLAGS + 4 + 2 * 4;
+    const USED_FLAGS: u64 = crate::testing::BASE + 0xa000;
+    const AVAIL_EVENT: u64 = USED_FLAGS + 4 + 8 * 4;
+
+    /// A queue whose first, forced decision has been taken.
+    fn settled(guest: &Guest, wake_ups: WakeUps) -> (VirtqMemory, Notification) {
+        let memory = guest.memory();
+        let mut notification = Notification::new(wake_ups, 0);
+        assert!(
+            notification.wanted(&memory, 0),
+            "whoever had the queue before may have lost a wake-up"
+        );
+        (memory, notification)
+    }
+
+    #[test]
+    fn by_event_index_the_driver_is_woken_when_its_index_is_passed() {
+        let guest = Guest::with_queue(4);
+        let (memory, mut notification) = settled(&guest, WakeUps::ByEventIdx);
+        guest.write(USED_EVENT, &1u16.to_le_bytes());
+        assert!(!notification.wanted(&memory, 1));
+        assert!(notification.wanted(&memory, 3), "from 1 to 3 passes 1");
+        assert!(!notification.wanted(&memory, 4));
+        notification.force();
+        assert!(
+            notification.wanted(&memory, 4),
+            "a new call descriptor is used once (trap 38)"
+        );
+    }
+
+    #[test]
+    fn by_flag_the_driver_is_woken_unless_it_says_no() {
+        let guest = Guest::with_queue(4);
+        let (memory, mut notification) = settled(&guest, WakeUps::ByFlag);
+        assert!(notification.wanted(&memory, 1));
+        guest.write(AVAIL_FLAGS, &1u16.to_le_bytes());
+        assert!(!notification.wanted(&memory, 2));
+        assert!(!notification.wanted(&memory, 2), "nothing new");
+    }
+
+    #[test]
+    fn kicks_are_asked_for_where_the_driver_looks() {
+        let guest = Guest::with_queue(4);
+        let (memory, mut notification) = settled(&guest, WakeUps::ByEventIdx);
+        notification.ask_for_kicks(&memory, 0x1234);
+        assert_eq!(guest.read(AVAIL_EVENT, 2), [0x34, 0x12]);
+        let (memory, mut notification) = settled(&guest, WakeUps::ByFlag);
+        notification.refuse_kicks(&memory);
+        assert_eq!(guest.read(USED_FLAGS, 2), [1, 0]);
+        notification.ask_for_kicks(&memory, 0);
+        assert_eq!(guest.read(USED_FLAGS, 2), [0, 0]);
+    }
+}
