@@ -308,7 +308,7 @@ mod tests {
     fn oracle(guest: &Guest, head: u16) -> (Vec<u32>, Vec<u32>) {
         let base = vm_memory::GuestAddress(0);
         let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(base, 0x40_0000)]).unwrap();
-        let all = guest.read(BASE, BUFFERS as usize);
+        let all = guest.read(BASE, usize::try_from(BUFFERS).unwrap());
         vm_memory::Bytes::write_slice(&memory, &all, vm_memory::GuestAddress(BASE)).unwrap();
         let mut queue = Queue::new(guest.size).unwrap();
         queue.set_size(guest.size);
