@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod card;
 pub mod frontend;
 pub mod reference;
