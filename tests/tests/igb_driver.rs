@@ -353,10 +353,8 @@ fn a_card_that_is_gone_is_told_apart_from_one_that_is_stuck() {
     let ring = bench.ring(64, 0);
     let lane = bench.tx_lane(&ring, &counters);
     bench.card().set_removed(true);
-    assert!(matches!(lane.stop().card, Err(NicError::Gone { .. })));
+    assert!(lane.stop().card.is_ok(), "no DMA comes from a card that is not there");
     assert!(matches!(bench.nic.reset(), Err(NicError::Gone { .. })));
     assert_eq!(bench.nic.link(), Link::Down);
-    // Registers of a card that is not there were touched, which the model reports.
-    assert!(bench.card().violations().total() > 0);
-    let _ = bench.card().violations().take();
+    bench.card().violations().assert_clean();
 }

@@ -176,8 +176,11 @@ impl Card {
         queue: u32,
     ) -> Result<(), NicError> {
         self.write(control, thresholds);
-        // Of a card that is gone every bit reads as one, so it is told apart first: it does no DMA.
-        self.check_present()?;
+        // Of a card that is gone every bit reads as one. It does no DMA any more, which is all a stop promises.
+        if let Err(gone) = self.check_present() {
+            tracing::warn!(direction, queue, "{gone}");
+            return Ok(());
+        }
         if self.wait(QUEUE_BOUND, &mut || self.read(control) & QUEUE_ENABLE == 0) {
             return Ok(());
         }
