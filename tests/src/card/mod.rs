@@ -9,7 +9,7 @@
 //! The model does what the 82576 does for a driver that follows the book, and *reports* what the book forbids
 //! even where real cards let it pass: see [`Violation`]. It performs DMA only by IOVA through a [`Bus`], knows
 //! time only through [`Card82576::advance`], and does all its work inside the call that caused it, so a test
-//! decides the order of everything. [`Faults`](faults::Faults) makes it late, deaf, wedged or gone.
+//! decides the order of everything. [`faults`] makes it late, deaf, wedged or gone.
 //!
 //! Where sources differ or are silent, each file's header says which reading it takes. With
 //! [`Quirks::qemu`] the card errs as QEMU's igb does where a driver can tell.
