@@ -10,6 +10,8 @@
 //! [`Lane::stop`] returns nothing of ours and nothing of the card's touches guest memory.
 
 mod bounce;
+#[cfg(test)]
+mod hostile;
 mod rx;
 mod stats;
 mod tx;
