@@ -75,6 +75,8 @@ impl Product {
         }
         let mut process =
             Process::start("vhost-user-vfio", &mut command, folder).expect("the product starts");
+        // A frame sent while the link negotiates is lost, as on any card.
+        process.wait_printed("link is up");
         if !client {
             process.wait_listening(socket);
         }
@@ -89,6 +91,13 @@ impl BackEnd for Product {
 
     fn start_as_client(&self, folder: &Path, socket: &Path, wire: &Wire) -> Vec<Process> {
         Self::spawn(folder, socket, wire, true)
+    }
+
+    fn exemptions(&self) -> &[(&str, &str)] {
+        &[(
+            "a_frame_larger_than_a_buffer_is_merged",
+            "at an MTU of 1500 the card is given one guest buffer a frame; what does not fit it is dropped in turn",
+        )]
     }
 
     fn finish(&self, processes: Vec<Process>) {

@@ -57,22 +57,39 @@ impl Process {
     ///
     /// If this process ends first, or nobody listens within the bound.
     pub fn wait_listening(&mut self, path: &Path) {
+        self.wait_until(&format!("it listens on {}", path.display()), |_| {
+            is_listening(path)
+        });
+    }
+
+    /// Waits until the process has printed `words`.
+    ///
+    /// # Panics
+    ///
+    /// If it ends first, or does not within the bound.
+    pub fn wait_printed(&mut self, words: &str) {
+        self.wait_until(&format!("it printed \"{words}\""), |process| {
+            process.output().contains(words)
+        });
+    }
+
+    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
-        while !is_listening(path) {
+        while !is_so(self) {
             // The pidfd becomes readable when the process ends, so an early death is seen at once.
             if wait_readable(self.pidfd.as_fd(), LOOK_EVERY) {
+                let status = self.child.wait();
                 panic!(
-                    "{} ended ({:?}) before it listened on {}",
+                    "{} ended ({status:?}) before {what}:\n{}",
                     self.name,
-                    self.child.wait(),
-                    path.display()
+                    self.output()
                 );
             }
             assert!(
                 Instant::now() < deadline,
-                "{} never listened on {}",
+                "{} ran, but not until {what}:\n{}",
                 self.name,
-                path.display()
+                self.output()
             );
         }
     }

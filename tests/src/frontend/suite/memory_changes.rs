@@ -107,16 +107,11 @@ pub fn regions_come_and_go_under_traffic<B: BackEnd>(_: &B, running: &mut Runnin
         guest.send_and_check(&running.wire, round, 60, Layout::WithData, Form::Direct);
     }
     guest.check();
-    let mut rx_in_next = Rx::new(
-        SplitQueue::new(&guest.memory, guest.rx.queue.place()),
-        &guest.memory,
-        guest.regions.next + arena_bytes(64),
-        64,
-    );
     // rx moves to buffers in another region that has been there all along.
     guest.session.get_vring_base(RX).expect("rx stops");
-    rx_in_next.attach(&guest.session, RX);
-    guest.rx = rx_in_next;
+    let queue = SplitQueue::new(&guest.memory, guest.rx.queue.place());
+    guest.rx = Rx::new(queue, &guest.memory, guest.regions.next + arena_bytes(64), 64);
+    guest.rx.attach(&guest.session, RX);
     guest
         .session
         .restart_ring(RX, &guest.rx.queue.place(), 0)
