@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use vfio_glue::iommu::software::SoftwareIommu;
 use vfio_glue::iommu::{self, DeviceAddress, Iommu, VfioUserIommu, choose};
 use vfio_glue::map::MemoryMap;
+use vfio_glue::memory::guard;
 use vfio_glue::pci::PciAddress;
 
 use crate::control::{Control, Subjects};
@@ -32,6 +33,7 @@ use crate::worker::{Patience, Worker};
 ///
 /// What kept it from starting. Nothing is left behind then.
 pub fn run(config: &Config, stop: &Stop) -> Result<()> {
+    guard::install().context("cannot guard against memory files that are cut short")?;
     let control = config.control.as_deref().map(Control::open).transpose()?;
     let endpoints: Vec<Endpoint> = config
         .ports

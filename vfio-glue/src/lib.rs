@@ -7,7 +7,7 @@
 //! pci      a function held through VFIO: registers, config space, interrupts, reset
 //! ```
 //!
-//! `unsafe` lives in `memory/{mapping,virtq_memory,dma_buffer}.rs`, `pci/mmio.rs` and `sys.rs` only.
+//! `unsafe` lives in `memory/{mapping,guard,virtq_memory,dma_buffer}.rs`, `pci/mmio.rs` and `sys.rs` only.
 //!
 //! The short way to a device, with a map of its own:
 //!

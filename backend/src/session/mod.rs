@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use queues::nic::NicError;
 use vfio_glue::map::MapError;
-use vfio_glue::memory::{Region, Table, VirtqMemoryError};
+use vfio_glue::memory::{Region, Table, VirtqMemoryError, guard};
 
 use self::vring::Vring;
 use crate::port::{Port, PortError};
@@ -155,6 +155,7 @@ pub enum SessionError {
 #[derive(Debug)]
 pub struct Session {
     port: Arc<Port>,
+    replaced_before: u64,
     state: Mutex<State>,
 }
 
@@ -174,6 +175,7 @@ impl Session {
         port.set_connected(true);
         Arc::new(Self {
             port,
+            replaced_before: guard::replaced_pages(),
             state: Mutex::new(State {
                 features: 0,
                 protocol_features: 0,
@@ -207,6 +209,15 @@ impl Session {
             );
         } else {
             self.forget_memory(&mut state);
+        }
+        let replaced = guard::replaced_pages() - self.replaced_before;
+        if replaced > 0 {
+            // Counted for the process: with several ports it may have been another's file.
+            tracing::warn!(
+                port = self.port.name(),
+                replaced,
+                "pages were lost: a memory file was cut short while mapped"
+            );
         }
         self.port.set_connected(false);
     }

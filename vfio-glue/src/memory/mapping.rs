@@ -16,6 +16,7 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+use super::guard::{Guarded, guard};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
@@ -91,6 +92,7 @@ pub fn page_bytes(file: &File) -> Result<u64, FileError> {
 struct HostMapping {
     base: NonNull<u8>,
     len: usize,
+    guarded: Option<Guarded>,
 }
 
 // SAFETY: the mapping is plain shared memory. Other processes and devices write it at any time anyway, and
@@ -100,7 +102,7 @@ unsafe impl Send for HostMapping {}
 unsafe impl Sync for HostMapping {}
 
 impl HostMapping {
-    fn of_file(file: &File, offset: u64, len: u64) -> Result<Arc<Self>, FileError> {
+    fn of_file(file: &File, offset: u64, len: u64, page: u64) -> Result<Arc<Self>, FileError> {
         let failed = |call| {
             move |source: rustix::io::Errno| FileError::Call {
                 call,
@@ -130,7 +132,14 @@ impl HostMapping {
         let Some(base) = NonNull::new(base.cast::<u8>()) else {
             return Err(failed("mmap")(rustix::io::Errno::NOMEM));
         };
-        let mapping = Arc::new(Self { base, len: len_usize });
+        let guarded = usize::try_from(page)
+            .ok()
+            .map(|page| guard(base.as_ptr().addr(), len_usize, page));
+        let mapping = Arc::new(Self {
+            base,
+            len: len_usize,
+            guarded,
+        });
         // Guest memory belongs in no core dump and in no child: a fork would make pinned pages copy on write
         // (TRAPS 51).
         for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
@@ -143,6 +152,8 @@ impl HostMapping {
 
 impl Drop for HostMapping {
     fn drop(&mut self) {
+        // Before the place can be given to a mapping of somebody else.
+        self.guarded.take();
         // SAFETY: the range is exactly what `mmap` gave, and every range and slice of it has gone, since each
         // keeps this value alive (by `Arc` or by borrow).
         let result = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
@@ -199,7 +210,7 @@ impl HostRange {
         let Some(last) = end.checked_next_multiple_of(page) else {
             return Err(out_of_bounds);
         };
-        let mapping = HostMapping::of_file(file, first, last - first)?;
+        let mapping = HostMapping::of_file(file, first, last - first, page)?;
         let (Ok(skip), Ok(len)) = (usize::try_from(offset - first), usize::try_from(len)) else {
             return Err(out_of_bounds);
         };

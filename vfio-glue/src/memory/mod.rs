@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! mapping.rs       a range of a file in this process; bytes copied in and out
+//! guard.rs         what keeps a truncated file from killing the process
 //! table.rs         one guest's view: guest-physical ──▶ IOVA and host bytes
 //! virtq_memory.rs  the three areas of a split virtqueue at raw-pointer cost
 //! dma_buffer.rs    memory of our own: descriptor rings and bounce slots
 //! ```
 
 mod dma_buffer;
+pub mod guard;
 mod mapping;
 mod region;
 mod table;
