@@ -169,3 +169,59 @@ pub fn ask(path: &Path, request: &Request) -> Result<Value, AskError> {
         None => Ok(answer.get_mut("ok").map(Value::take).unwrap_or_default()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_understood_is_answered_and_the_next_line_served() {
+        let subjects = Subjects {
+            ports: Vec::new(),
+            maps: Vec::new(),
+        };
+        for line in [
+            "",
+            "stats",
+            "{\"command\":\"fly\"}",
+            "{\"command\":\"stats\",\"extra\":1}",
+        ] {
+            let answer = subjects.answer(line);
+            assert!(
+                answer["error"]
+                    .as_str()
+                    .is_some_and(|error| error.starts_with("not understood")),
+                "{answer}"
+            );
+        }
+        assert_eq!(
+            subjects.answer("{\"command\":\"stats\"}")["ok"]["ports"],
+            json!([])
+        );
+    }
+
+    #[test]
+    fn a_running_process_is_asked_over_its_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let control = Control::open(&path).unwrap();
+        let stop = Stop::new().unwrap();
+        let subjects = Subjects {
+            ports: Vec::new(),
+            maps: Vec::new(),
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| control.serve(&subjects, &stop));
+            assert_eq!(
+                ask(&path, &Request::Stats).unwrap(),
+                json!({ "ports": [], "maps": [] })
+            );
+            stop.ask();
+        });
+        let error = ask(&path, &Request::Stats).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("cannot reach a running vhost-user-vfio at {}", path.display())
+        );
+    }
+}

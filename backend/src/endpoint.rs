@@ -321,3 +321,92 @@ fn serve_by_connecting(path: &Path, port: &Arc<Port>, stop: &Stop) {
         pause = (pause * 2).min(RETRY.1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_bound_with_the_mode_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm0.sock");
+        let _listener = listen(&path, 0o660).unwrap();
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o660
+        );
+    }
+
+    #[test]
+    fn a_path_in_use_is_left_to_its_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm0.sock");
+        let owner = UnixListener::bind(&path).unwrap();
+        let error = listen(&path, 0o600).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("socket path {} is in use by another process", path.display())
+        );
+        assert!(owner.accept().is_ok(), "the owner still has it");
+    }
+
+    #[test]
+    fn a_socket_that_nobody_listens_on_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm0.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let listener = listen(&path, 0o600).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(listener.accept().is_ok());
+    }
+
+    #[test]
+    fn a_missing_folder_and_a_file_in_the_way_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("no/vm0.sock");
+        let error = listen(&missing, 0o600).unwrap_err().to_string();
+        let parent = folder.path().join("no");
+        assert_eq!(
+            error,
+            format!(
+                "socket path {}: its folder {} does not exist",
+                missing.display(),
+                parent.display()
+            )
+        );
+
+        let file = folder.path().join("file");
+        std::fs::write(&file, "kept").unwrap();
+        assert!(matches!(
+            listen(&file, 0o600),
+            Err(EndpointError::NotASocket { .. })
+        ));
+        assert_eq!(std::fs::read(&file).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn an_inherited_descriptor_is_told_apart_by_what_it_is() {
+        use std::os::fd::AsRawFd;
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        assert!(matches!(
+            inherit(listener.as_raw_fd()),
+            Ok(Endpoint::Listen { path: None, .. })
+        ));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert!(matches!(
+            inherit(ours.as_raw_fd()),
+            Ok(Endpoint::Connected { .. })
+        ));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(
+            inherit(file.as_raw_fd()),
+            Err(EndpointError::Inherited { .. })
+        ));
+        assert!(matches!(
+            inherit(9999),
+            Err(EndpointError::Inherited { fd: 9999, .. })
+        ));
+    }
+}

@@ -354,3 +354,163 @@ fn longer(a: Patience, b: Patience) -> Patience {
         _ => Patience::Forever,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    use queues::lane::Stopped;
+    use queues::nic::NicError;
+    use vfio_glue::memory::Table;
+
+    use super::*;
+
+    /// What a lane of these tests has been through.
+    #[derive(Debug, Default)]
+    struct Seen {
+        polls: AtomicU64,
+        arms: AtomicU64,
+        disarms: AtomicU64,
+        kicks: AtomicU64,
+        sleeps: AtomicU64,
+        work_at_arm: AtomicBool,
+    }
+
+    struct TestLane {
+        seen: Arc<Seen>,
+        kick: OwnedFd,
+    }
+
+    impl Lane for TestLane {
+        fn name(&self) -> &'static str {
+            "test"
+        }
+
+        fn poll(&mut self) -> Progress {
+            self.seen.polls.fetch_add(1, Ordering::Relaxed);
+            Progress::Idle
+        }
+
+        fn arm(&mut self) -> bool {
+            self.seen.arms.fetch_add(1, Ordering::Relaxed);
+            self.seen.work_at_arm.swap(false, Ordering::Relaxed)
+        }
+
+        fn disarm(&mut self) {
+            self.seen.disarms.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.kick.as_fd())
+        }
+
+        fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn take_kick(&mut self) {
+            let _ = rustix::io::read(&self.kick, &mut [0; 8]);
+            self.seen.kicks.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn take_interrupt(&mut self) {}
+
+        fn count_sleep(&mut self) {
+            self.seen.sleeps.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn set_call(&mut self, _call: Option<File>) {}
+
+        fn set_err(&mut self, _err: Option<File>) {}
+
+        fn set_table(&mut self, _table: Arc<Table>) {}
+
+        fn set_link(&mut self, _up: bool) -> Result<(), NicError> {
+            Ok(())
+        }
+
+        fn stop(self: Box<Self>) -> Stopped {
+            Stopped {
+                first_unused: 7,
+                card: Ok(()),
+            }
+        }
+    }
+
+    fn lane() -> (Box<TestLane>, Arc<Seen>, OwnedFd) {
+        let kick = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        let seen = Arc::<Seen>::default();
+        let other_end = kick.try_clone().unwrap();
+        (
+            Box::new(TestLane {
+                seen: Arc::clone(&seen),
+                kick,
+            }),
+            seen,
+            other_end,
+        )
+    }
+
+    /// Waits for something another thread does.
+    fn until(condition: impl Fn() -> bool) {
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !condition() {
+            assert!(Instant::now() < patience, "it never happened");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn an_idle_worker_sleeps_and_a_kick_wakes_it() {
+        let worker = Worker::start(0, None).unwrap();
+        let (lane, seen, kick) = lane();
+        seen.work_at_arm.store(true, Ordering::Relaxed);
+        let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
+        until(|| seen.sleeps.load(Ordering::Relaxed) > 0);
+        assert!(
+            seen.arms.load(Ordering::Relaxed) >= 2,
+            "work found while arming is done before the sleep"
+        );
+        rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+        until(|| seen.kicks.load(Ordering::Relaxed) == 1);
+        let stopped = worker.remove(id).unwrap().map(Lane::stop);
+        assert_eq!(stopped.unwrap().first_unused, 7);
+        let (arms, disarms) = (
+            seen.arms.load(Ordering::Relaxed),
+            seen.disarms.load(Ordering::Relaxed),
+        );
+        assert_eq!(
+            arms, disarms,
+            "whoever was armed is disarmed before the next pass"
+        );
+    }
+
+    #[test]
+    fn a_command_wakes_a_sleeping_worker_and_its_answer_is_the_lanes() {
+        let worker = Worker::start(0, None).unwrap();
+        let (lane, seen, _kick) = lane();
+        let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
+        until(|| seen.sleeps.load(Ordering::Relaxed) > 0);
+        assert_eq!(worker.with(id, |lane| lane.name().len()).unwrap(), Some(4));
+        assert!(worker.remove(id).unwrap().is_some());
+        assert!(worker.remove(id).unwrap().is_none());
+        assert_eq!(worker.with(id, |_| ()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_worker_that_polls_for_ever_never_arms() {
+        let worker = Worker::start(0, None).unwrap();
+        let (lane, seen, _kick) = lane();
+        let id = worker.add(lane, Patience::Forever).unwrap();
+        until(|| seen.polls.load(Ordering::Relaxed) > 1000);
+        worker.remove(id).unwrap();
+        assert_eq!(seen.arms.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_there_is_an_error() {
+        assert!(Worker::start(0, Some(1023)).is_err());
+        assert!(Worker::start(0, Some(100_000)).is_err());
+    }
+}
