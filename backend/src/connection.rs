@@ -10,13 +10,14 @@
 //!
 //! Read with: vhost-user, "Message Specification".
 
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, recv};
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError, VhostUserBackendReqHandler};
 
 use crate::session::Session;
 use crate::signals::{Stop, Woken};
@@ -28,7 +29,14 @@ const MAX_BODY_BYTES: u32 = 4096;
 const MESSAGE_BOUND: Duration = Duration::from_secs(5);
 /// The rest of a message is on its way: how often to look.
 const STEP: Duration = Duration::from_millis(1);
+/// How long a region that was taken away may take to come back with other bounds. QEMU sends both in one go.
+const REGION_BOUND: Duration = Duration::from_millis(200);
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
+const SET_VRING_ENABLE: u32 = 18;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
 
 /// How a connection ended.
 #[derive(Debug)]
@@ -56,9 +64,14 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {
-        match stop.wait(Some(peek.as_fd()), None) {
+        let patience = session.regions_in_motion().then_some(REGION_BOUND);
+        match stop.wait(Some(peek.as_fd()), patience) {
             Woken::Stop => return End::Stopped,
-            Woken::Ready | Woken::Timeout => {}
+            Woken::Timeout => {
+                session.regions_at_rest();
+                continue;
+            }
+            Woken::Ready => {}
         }
         let header = match whole_message(&peek, stop) {
             Ok(Some(header)) => header,
@@ -70,6 +83,15 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
             request = name_of(header.request),
             "message"
         );
+        if !matches!(header.request, ADD_MEM_REG | REM_MEM_REG) {
+            session.regions_at_rest();
+        }
+        if header.request == SET_VRING_ENABLE {
+            match enable(&peek, session) {
+                Ok(()) => continue,
+                Err(why) => return End::Broken(format!("SET_VRING_ENABLE (18): {why}")),
+            }
+        }
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::ReqHandlerError(error))
@@ -88,6 +110,40 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
             }
         }
     }
+}
+
+/// Serves SET_VRING_ENABLE, all of which has arrived.
+///
+/// QEMU sends it before SET_FEATURES, and wants an answer; `vhost` refuses it then, without one.
+fn enable(mut socket: &UnixStream, session: &Session) -> Result<(), String> {
+    let mut message = [0; HEADER_BYTES + 8];
+    socket
+        .read_exact(&mut message)
+        .map_err(|error| format!("recv failed: {error}"))?;
+    let word = |at: usize| word_at(&message, at);
+    let (flags, len, index, num) = (word(4), word(8), word(12), word(16));
+    if len != 8 || flags & 3 != VERSION || num > 1 {
+        return Err(format!(
+            "malformed: flags {flags:#x}, {len} bytes, queue {index}, value {num}"
+        ));
+    }
+    let result = session.set_vring_enable(index, num == 1);
+    if session.acknowledges() && flags & NEED_REPLY != 0 {
+        let mut answer = Vec::with_capacity(HEADER_BYTES + 8);
+        for word in [
+            SET_VRING_ENABLE,
+            VERSION | REPLY,
+            8,
+            u32::from(result.is_err()),
+            0,
+        ] {
+            answer.extend_from_slice(&word.to_ne_bytes());
+        }
+        return socket
+            .write_all(&answer)
+            .map_err(|error| format!("send failed: {error}"));
+    }
+    result.map_err(|error| error.to_string())
 }
 
 /// Waits until the message that has begun is all there. `None` if the front-end has closed instead of beginning one.
@@ -147,18 +203,20 @@ pub fn has_hung_up(socket: &UnixStream) -> bool {
 
 impl Header {
     fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Self {
-        let word = |at: usize| {
-            bytes
-                .get(at..at + 4)
-                .and_then(|word| word.try_into().ok())
-                .map_or(0, u32::from_ne_bytes)
-        };
+        let word = |at: usize| word_at(&bytes, at);
         Self {
             request: word(0),
             flags: word(4),
             body_bytes: word(8),
         }
     }
+}
+
+fn word_at(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..at + 4)
+        .and_then(|word| word.try_into().ok())
+        .map_or(0, u32::from_ne_bytes)
 }
 
 /// Requests whose answer is a value, so that a failure cannot be told.

@@ -289,12 +289,15 @@ fn spawn(stream: UnixStream, port: &Arc<Port>, stop: &Stop) -> Option<Current> {
 
 fn serve_one(stream: UnixStream, port: &Arc<Port>, stop: &Stop) {
     tracing::info!(port = port.name(), "front-end connected");
-    // Kept so that the front-end sees the end only when everything of its has been let go.
+    // The front-end sees the end only when everything of its has been let go.
     let keep = stream.try_clone();
     let session = Session::new(Arc::clone(port));
     let end = connection::serve(stream, &session, stop);
     session.close();
-    drop(keep);
+    if let Ok(keep) = keep {
+        // Other duplicates may live on for a moment. An error means it is gone already.
+        let _ = keep.shutdown(std::net::Shutdown::Both);
+    }
     match end {
         End::Closed => tracing::info!(port = port.name(), "front-end closed the connection"),
         End::Stopped => {}

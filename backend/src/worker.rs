@@ -360,7 +360,7 @@ mod tests {
     use std::fs::File;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-    use queues::lane::Stopped;
+    use queues::lane::{MissingMemory, Stopped};
     use queues::nic::NicError;
     use vfio_glue::memory::Table;
 
@@ -425,6 +425,8 @@ mod tests {
         fn set_err(&mut self, _err: Option<File>) {}
 
         fn set_table(&mut self, _table: Arc<Table>) {}
+
+        fn set_missing_memory(&mut self, _meaning: MissingMemory) {}
 
         fn set_link(&mut self, _up: bool) -> Result<(), NicError> {
             Ok(())

@@ -11,7 +11,7 @@ use vfio_glue::iommu::software::SoftwareIommu;
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::{RegionSpec, Table, TableHint, VirtqMemory};
 
-use crate::lane::{LaneSetup, LaneStats};
+use crate::lane::{LaneSetup, LaneStats, MissingMemory};
 use crate::nic::{NicError, Received, Ring, RxRing, Segment, Transfer, TxRing, Verdict};
 use crate::virtq::{Virtq, WakeUps};
 
@@ -172,6 +172,7 @@ impl Guest {
             stats: Arc::new(LaneStats::default()),
             map: Arc::clone(&self.map),
             link_up: true,
+            missing_memory: MissingMemory::IsBroken,
         }
     }
 

@@ -230,6 +230,8 @@ impl VhostUserBackendReqHandler for Session {
             if wanted.len() == before {
                 return Err(SessionError::NoRegion { guest, frontend, len });
             }
+            // Before any lane starts again: until the region is back, the guest's descriptors may point into it.
+            state.regions_in_motion = true;
             self.change_memory(state, wanted)
         })
     }

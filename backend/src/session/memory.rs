@@ -87,7 +87,14 @@ impl Session {
         state.table = table;
         state.regions = regions;
         self.unmap(&dropped);
-        self.settle_all(state)
+        match self.settle_all(state) {
+            // A virtqueue in a region that has gone waits for it to come back.
+            Err(error @ SessionError::VringMemory { .. }) => {
+                tracing::info!(port = owner, "{error}: it waits");
+                Ok(())
+            }
+            settled => settled,
+        }
     }
 
     /// Lets go of all memory. All lanes have been stopped.

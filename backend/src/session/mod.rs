@@ -17,6 +17,7 @@ mod vring;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use queues::lane::MissingMemory;
 use queues::nic::NicError;
 use vfio_glue::map::MapError;
 use vfio_glue::memory::{Region, Table, VirtqMemoryError, guard};
@@ -166,6 +167,8 @@ struct State {
     regions: Vec<Arc<Region>>,
     table: Arc<Table>,
     vrings: Vec<Vring>,
+    /// A region was taken away last: it may be on its way back with other bounds.
+    regions_in_motion: bool,
 }
 
 impl Session {
@@ -182,6 +185,7 @@ impl Session {
                 regions: Vec::new(),
                 table: Arc::default(),
                 vrings,
+                regions_in_motion: false,
             }),
         })
     }
@@ -195,6 +199,27 @@ impl Session {
     pub fn acknowledges(&self) -> bool {
         let reply_ack = vhost::vhost_user::message::VhostUserProtocolFeatures::REPLY_ACK.bits();
         self.state().protocol_features & reply_ack != 0
+    }
+
+    /// Whether a region was taken away last and may be on its way back with other bounds (TRAPS 17).
+    pub fn regions_in_motion(&self) -> bool {
+        self.state().regions_in_motion
+    }
+
+    /// Takes the memory as it is now for what the guest has: a buffer outside of it breaks its ring from now on.
+    pub fn regions_at_rest(&self) {
+        let mut state = self.state();
+        if !std::mem::take(&mut state.regions_in_motion) {
+            return;
+        }
+        for index in 0..state.vrings.len() {
+            let strict = self
+                .port
+                .with_lane(index, |lane| lane.set_missing_memory(MissingMemory::IsBroken));
+            if let Err(error) = strict {
+                tracing::error!(port = self.port.name(), %error, "a lane was not told of its memory");
+            }
+        }
     }
 
     /// Ends the session: all lanes stop, then the guest's memory leaves the map. Nothing touches it afterwards.

@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use queues::lane::{LaneSetup, Stopped};
+use queues::lane::{LaneSetup, MissingMemory, Stopped};
 use queues::net_header;
 use queues::virtq::{Virtq, WakeUps};
 use vfio_glue::address::FrontendAddress;
@@ -167,6 +167,11 @@ impl Session {
             map: Arc::clone(self.port.map()),
             // The port knows.
             link_up: false,
+            missing_memory: if state.regions_in_motion {
+                MissingMemory::IsAwaited
+            } else {
+                MissingMemory::IsBroken
+            },
             name,
         }))
     }

@@ -29,7 +29,7 @@ pub use stats::{Bounce, Counter, Drop, LaneStats};
 pub use tx::TxLane;
 
 use crate::nic::NicError;
-use crate::virtq::{Virtq, VirtqError};
+use crate::virtq::{Chain, ChainError, Virtq, VirtqError};
 
 /// What a lane is made from.
 #[derive(Debug)]
@@ -56,6 +56,20 @@ pub struct LaneSetup {
     pub map: Arc<MemoryMap>,
     /// Whether frames can leave at the start.
     pub link_up: bool,
+    /// What a buffer outside of the table means at the start.
+    pub missing_memory: MissingMemory,
+}
+
+/// What it means that a guest's descriptor points outside of its table.
+///
+/// A VMM changes a region's bounds by taking it away and adding it again, while the guest goes on (TRAPS 17): between
+/// the two, its descriptors are right and the table is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingMemory {
+    /// The guest broke its ring.
+    IsBroken,
+    /// The table is about to change: the chain stays in the virtqueue and is looked at again.
+    IsAwaited,
 }
 
 /// What a pass over a lane did.
@@ -117,6 +131,9 @@ pub trait Lane: Send {
     /// For a table that lacks some, the lane is stopped and started.
     fn set_table(&mut self, table: Arc<Table>);
 
+    /// From now on, a buffer outside of the table means this.
+    fn set_missing_memory(&mut self, meaning: MissingMemory);
+
     /// The cable was plugged in or out.
     ///
     /// # Errors
@@ -143,6 +160,7 @@ struct GuestEnd {
     err: Option<File>,
     stats: Arc<LaneStats>,
     map: Arc<MemoryMap>,
+    missing_memory: MissingMemory,
     retired: bool,
 }
 
@@ -158,6 +176,7 @@ impl GuestEnd {
             err: setup.err,
             stats: setup.stats,
             map: setup.map,
+            missing_memory: setup.missing_memory,
             retired: false,
         }
     }
@@ -194,6 +213,34 @@ impl GuestEnd {
             // Nobody may be listening, and the log line stands.
             let _ = err.write(&1u64.to_ne_bytes());
         }
+    }
+
+    /// Takes the next chain, or `None` if there is none or it has to wait for memory.
+    #[inline]
+    fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
+        match self.virtq.pop(&self.table, chain) {
+            Err(VirtqError::Chain { source, .. }) if self.awaits(&source) => Ok(None),
+            popped => popped,
+        }
+    }
+
+    /// Puts the chain just taken back if it only has to wait for memory; else its error breaks the ring.
+    #[cold]
+    fn put_back_or_break(&mut self, head: u16, source: ChainError) -> Result<(), VirtqError> {
+        if self.awaits(&source) {
+            self.virtq.untake();
+            return Ok(());
+        }
+        Err(VirtqError::Chain { head, source })
+    }
+
+    /// Whether `error` only says that memory is not there yet.
+    fn awaits(&self, error: &ChainError) -> bool {
+        let missing = matches!(
+            error,
+            ChainError::Memory { .. } | ChainError::IndirectMemory { .. }
+        );
+        missing && self.missing_memory == MissingMemory::IsAwaited
     }
 
     fn retire_broken(&mut self, why: &VirtqError) -> Progress {

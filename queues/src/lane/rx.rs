@@ -22,7 +22,7 @@ use vfio_glue::memory::{HostSlice, Table, TableHint};
 use super::bounce::{SLOT_BYTES, Slot, Slots};
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
-use super::{GuestEnd, Lane, LaneSetup, Progress, Stopped};
+use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
 use crate::net_header;
 use crate::nic::{Berth, NicError, Received, RxRing, Transfer, Verdict};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
@@ -111,10 +111,13 @@ impl<R: RxRing> RxLane<R> {
     fn refill(&mut self) -> Result<usize, VirtqError> {
         let mut posted = 0;
         while self.ring.as_ref().is_some_and(|ring| ring.room() > 0) {
-            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else {
+            let Some(head) = self.guest.pop(&mut self.chain)? else {
                 break;
             };
-            let target = self.aim().map_err(|source| VirtqError::Chain { head, source })?;
+            let target = match self.aim() {
+                Ok(target) => target,
+                Err(error) => return self.guest.put_back_or_break(head, error).map(|()| posted),
+            };
             let Some((iova, kind)) = self.prepare(target) else {
                 // No memory for a slot: the chain keeps its turn and is tried again later.
                 self.guest.virtq.untake();
@@ -509,6 +512,10 @@ impl<R: RxRing> Lane for RxLane<R> {
         self.hint = TableHint::default();
     }
 
+    fn set_missing_memory(&mut self, meaning: MissingMemory) {
+        self.guest.missing_memory = meaning;
+    }
+
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
         // Buffers stay with the card: without a link nothing arrives.
         self.link_up = up;
@@ -732,6 +739,19 @@ mod tests {
         assert_eq!(bench.guest.used(), vec![(0, 72)]);
         assert!(!wire.lock().unwrap().running);
         assert!(wire.lock().unwrap().posted.is_empty());
+    }
+
+    #[test]
+    fn trap_17_a_buffer_whose_memory_is_awaited_keeps_its_place() {
+        let mut bench = Bench::of_size(8);
+        bench.lane.set_missing_memory(MissingMemory::IsAwaited);
+        bench.offer(0, &[(BUFFER, 1530)]);
+        bench.offer(4, &[(16, 2000)]);
+        assert_eq!(bench.lane.poll(), Progress::Moved);
+        assert_eq!(bench.lane.poll(), Progress::Idle);
+        assert_eq!(bench.posted().len(), 1);
+        bench.lane.set_missing_memory(MissingMemory::IsBroken);
+        assert_eq!(bench.lane.poll(), Progress::Retired);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use vfio_glue::memory::{Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots};
 use super::stats::{Bounce, Drop};
-use super::{GuestEnd, Lane, LaneSetup, Progress, Stopped};
+use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
 
@@ -137,11 +137,13 @@ impl<R: TxRing> TxLane<R> {
             if ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame) {
                 return Ok(taken);
             }
-            let Some(head) = self.guest.virtq.pop(&self.guest.table, &mut self.chain)? else {
+            let Some(head) = self.guest.pop(&mut self.chain)? else {
                 return Ok(taken);
             };
-            let broken = |source| VirtqError::Chain { head, source };
-            let frame = self.translate().map_err(broken)?;
+            let frame = match self.translate() {
+                Ok(frame) => frame,
+                Err(error) => return self.guest.put_back_or_break(head, error).map(|()| taken),
+            };
             let state = match frame {
                 Frame::Lost(why) => {
                     self.guest.stats.drop_frame(why);
@@ -450,6 +452,10 @@ impl<R: TxRing> Lane for TxLane<R> {
         self.hint = TableHint::default();
     }
 
+    fn set_missing_memory(&mut self, meaning: MissingMemory) {
+        self.guest.missing_memory = meaning;
+    }
+
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
         if self.link_up == up || self.guest.retired {
             return Ok(());
@@ -722,6 +728,19 @@ mod tests {
         bench.offer(2, 60);
         bench.lane.poll();
         assert_eq!(bench.sending().len(), 1);
+    }
+
+    #[test]
+    fn trap_17_a_chain_whose_memory_is_awaited_keeps_its_place() {
+        let mut bench = Bench::of_size(8);
+        bench.lane.set_missing_memory(MissingMemory::IsAwaited);
+        bench.offer(0, 60);
+        bench.guest.offer_chain(4, &[(16, 100)], 0);
+        assert_eq!(bench.lane.poll(), Progress::Moved);
+        assert_eq!(bench.lane.poll(), Progress::Idle);
+        assert_eq!(bench.sending().len(), 1);
+        bench.lane.set_missing_memory(MissingMemory::IsBroken);
+        assert_eq!(bench.lane.poll(), Progress::Retired);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use queues::clock::Clock;
-use queues::lane::{Lane, LaneSetup, LaneStats};
+use queues::lane::{Lane, LaneSetup, LaneStats, MissingMemory};
 use queues::nic::Nic;
 use queues::nic::igb::Igb;
 use queues::virtq::{Virtq, WakeUps};
@@ -207,6 +207,7 @@ impl Bench {
             stats: Arc::clone(stats),
             map: Arc::clone(&self.map),
             link_up: self.nic.link().is_up(),
+            missing_memory: MissingMemory::IsBroken,
         }
     }
 
