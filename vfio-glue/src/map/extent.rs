@@ -71,21 +71,23 @@ impl Extent {
     }
 }
 
-/// Cuts a range of file offsets at the grid, rounded out to whole pages of `page` bytes.
-///
-/// Returns file ranges in order. The caller has checked that the range does not wrap.
-pub(super) fn cut(offset: u64, len: u64, page: u64) -> Vec<Range<u64>> {
-    let first = offset - offset % page;
-    let end = (offset + len).next_multiple_of(page);
-    let mut cells = Vec::new();
-    let mut at = first;
-    while at < end {
-        let border = (at / CELL_BYTES + 1) * CELL_BYTES;
-        let next = border.min(end);
-        cells.push(at..next);
-        at = next;
-    }
-    cells
+/// Into how many cells [`cut`] cuts a range.
+pub(super) fn cells_in(range: &Range<u64>) -> u64 {
+    range.end.div_ceil(CELL_BYTES) - range.start / CELL_BYTES
+}
+
+/// Cuts a range of file offsets, in whole pages of the file, at the grid.
+pub(super) fn cut(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        if at >= range.end {
+            return None;
+        }
+        let border = (at - at % CELL_BYTES).saturating_add(CELL_BYTES);
+        let cell = at..border.min(range.end);
+        at = cell.end;
+        Some(cell)
+    })
 }
 
 #[cfg(test)]
@@ -93,14 +95,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_cut_at_the_grid_and_rounded_to_pages() {
-        assert_eq!(cut(0, 100, 4096), vec![0..4096]);
-        let across = cut(CELL_BYTES - 8192, 3 * 4096, 4096);
+    fn a_range_is_cut_at_the_grid() {
+        let cells = |range: Range<u64>| cut(range).collect::<Vec<_>>();
+        assert_eq!(cells(0..4096), vec![0..4096]);
+        let across = CELL_BYTES - 8192..CELL_BYTES + 4096;
         assert_eq!(
-            across,
+            cells(across.clone()),
             vec![CELL_BYTES - 8192..CELL_BYTES, CELL_BYTES..CELL_BYTES + 4096]
         );
-        let huge = 2 << 20;
-        assert_eq!(cut(0xc_0000, 0x10_0000, huge), vec![0..huge]);
+        assert_eq!(cells_in(&across), 2);
+        assert_eq!(cells_in(&(0..CELL_BYTES)), 1);
+        let end = u64::MAX - 4095;
+        assert_eq!(cells(end - 4096..end), vec![end - 4096..end]);
+        assert_eq!(cells_in(&(0..1 << 62)), 1 << 32);
     }
 }

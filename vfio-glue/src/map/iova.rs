@@ -73,6 +73,15 @@ impl IovaAllocator {
         self.taken.remove(&iova.raw());
     }
 
+    /// How many bytes are not taken, in pieces of any size.
+    pub(super) fn free_bytes(&self) -> u64 {
+        let usable = self.usable.iter().fold(0_u64, |sum, range| {
+            sum.saturating_add((range.end() - range.start()).saturating_add(1))
+        });
+        let taken: u64 = self.taken.iter().map(|(start, end)| end - start).sum();
+        usable.saturating_sub(taken)
+    }
+
     fn is_free(&self, start: u64, len: u64) -> bool {
         let Some(last) = start.checked_add(len - 1) else {
             return false;

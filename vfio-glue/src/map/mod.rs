@@ -23,12 +23,12 @@ use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use self::extent::{ExtentKey, cut};
+use self::extent::{ExtentKey, cells_in, cut};
 use self::iova::{IovaAllocator, cautious_ranges};
 use crate::address::Iova;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuError, IommuKind, MapRequest, MappedBy};
-use crate::memory::{FileError, HostRange, Region, RegionPiece, RegionSpec, page_bytes};
+use crate::memory::{FileError, HostRange, MemoryFile, Region, RegionPiece, RegionSpec, guard};
 use crate::pci::PciFunction;
 
 pub use extent::{CELL_BYTES, Extent};
@@ -202,11 +202,13 @@ impl MemoryMap {
                 offset,
             });
         }
-        let page = page_bytes(&spec.file).map_err(refused)?;
-        let cells = cut(spec.file_offset, len, page);
+        // How long the file is comes before anything is made in proportion to what was announced.
+        let pages = MemoryFile::of(&spec.file)
+            .and_then(|file| file.pages_around(spec.file_offset, len))
+            .map_err(refused)?;
         let extents = self
             .books()
-            .acquire(&self.bus, &spec.file, &cells, owner)
+            .acquire_pages(&self.bus, &spec.file, pages, owner)
             .map_err(|error| match error {
                 AcquireError::File(source) => refused(source),
                 AcquireError::Map(error) => error,
@@ -345,6 +347,24 @@ impl<E: Into<MapError>> From<E> for AcquireError {
 }
 
 impl Books {
+    /// Maps some pages of a guest's file, cut at the grid, or changes nothing.
+    ///
+    /// A sparse file costs its owner nothing whatever its size, so what it can make us list is bounded first.
+    fn acquire_pages(
+        &mut self,
+        bus: &SoftwareBus,
+        file: &Arc<File>,
+        pages: Range<u64>,
+        owner: &str,
+    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
+        let (need, limit) = (cells_in(&pages), guard::SLOTS);
+        if need > limit as u64 {
+            return Err(AcquireError::File(FileError::TooManyMappings { need, limit }));
+        }
+        let cells: Vec<Range<u64>> = cut(pages).collect();
+        self.acquire(bus, file, &cells, owner)
+    }
+
     /// Maps what of `cells` is not mapped yet and counts `owner` for all of it, or changes nothing.
     fn acquire(
         &mut self,
@@ -370,6 +390,9 @@ impl Books {
         let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
             (count + 1, need + cell.end - cell.start)
         });
+        if need > self.iovas.free_bytes() {
+            return Err(self.no_iova(need).into());
+        }
         self.check_budget(count, need)?;
 
         let mut held: Vec<Arc<Extent>> = Vec::with_capacity(keys.len());
@@ -408,10 +431,7 @@ impl Books {
         let iova = self
             .iovas
             .take(len, cell.start, after)
-            .ok_or_else(|| MapError::NoIova {
-                len,
-                usable: show_ranges(self.iovas.usable()),
-            })?;
+            .ok_or_else(|| self.no_iova(len))?;
         let request = MapRequest {
             iova,
             len,
@@ -458,6 +478,13 @@ impl Books {
         self.extents.remove(&extent.key);
         tracing::info!(iova = %extent.iova, len = extent.len(), owner, "unmapped");
         Ok(())
+    }
+
+    fn no_iova(&self, len: u64) -> MapError {
+        MapError::NoIova {
+            len,
+            usable: show_ranges(self.iovas.usable()),
+        }
     }
 
     fn check_budget(&self, mappings: usize, need: u64) -> Result<(), MapError> {
@@ -782,6 +809,44 @@ mod tests {
             "guest region at 0x0 (0x200000 bytes) is refused: the memory announced ends at 0x200000 of its file, \
              which is only 0x100000 bytes long"
         );
+        assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    #[test]
+    fn a_region_far_longer_than_its_file_costs_nothing_to_refuse() {
+        let (kernel, map) = fake();
+        for (len, offset) in [
+            (1 << 62, 0),
+            (u64::MAX, 0),
+            (4096, u64::MAX - 8191),
+            (1 << 62, 4095),
+        ] {
+            let spec = RegionSpec {
+                frontend: FrontendAddress(0),
+                ..region(&memfd(4096), 0, len, offset)
+            };
+            let refused = map.add_region("vm0", spec).unwrap_err();
+            let source = std::error::Error::source(&refused).and_then(|source| source.downcast_ref());
+            assert!(
+                matches!(source, Some(FileError::TooShort { size: 4096, .. })),
+                "{len:#x}: {refused}"
+            );
+        }
+        assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    #[test]
+    fn a_sparse_file_cannot_ask_for_more_than_the_map_can_hold() {
+        let (kernel, map) = fake();
+        let endless = map.add_region("vm0", region(&memfd(1 << 62), 0, 1 << 62, 0));
+        let endless = endless.unwrap_err();
+        let source = std::error::Error::source(&endless).unwrap().to_string();
+        assert_eq!(
+            source,
+            "4294967296 more mappings of up to 1 GiB are needed, and a process has room for 4096 in all"
+        );
+        let too_wide = map.add_region("vm0", region(&memfd(1 << 40), 0, 1 << 40, 0));
+        assert!(matches!(too_wide, Err(MapError::NoIova { len, .. }) if len == 1 << 40));
         assert_eq!(kernel.mapped(), vec![]);
     }
 

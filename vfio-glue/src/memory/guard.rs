@@ -16,7 +16,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// How many mappings can be guarded at once. More are used unguarded.
-const SLOTS: usize = 4096;
+pub(crate) const SLOTS: usize = 4096;
 
 struct Slot {
     /// First address; 0 for a free slot, 1 while it is being filled.

@@ -13,6 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -47,6 +48,14 @@ pub enum FileError {
         /// The file's page size in bytes.
         page: u64,
     },
+    /// More mappings would be needed than one process can keep an eye on.
+    #[error("{need} more mappings of up to 1 GiB are needed, and a process has room for {limit} in all")]
+    TooManyMappings {
+        /// Mappings needed.
+        need: u64,
+        /// How many there can be.
+        limit: usize,
+    },
     /// A system call on the file failed.
     #[error("{call} of {len:#x} bytes at file offset {offset:#x} failed")]
     Call {
@@ -61,31 +70,61 @@ pub enum FileError {
     },
 }
 
-/// The size in bytes of the pages a file is made of: 4096, or the huge page size on hugetlbfs.
-///
-/// # Errors
-///
-/// [`FileError::NotAFile`] for anything but a regular file, [`FileError::Call`] if the kernel does not tell.
-pub fn page_bytes(file: &File) -> Result<u64, FileError> {
-    let failed = |call| {
-        move |source: rustix::io::Errno| FileError::Call {
-            call,
-            offset: 0,
-            len: 0,
-            source: source.into(),
+/// What is known of a file before it serves as memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MemoryFile {
+    /// The size in bytes of the pages it is made of: 4096, or the huge page size on hugetlbfs.
+    page: u64,
+    size: u64,
+}
+
+impl MemoryFile {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::NotAFile`] for anything but a regular file, [`FileError::Call`] if the kernel does not tell.
+    pub(crate) fn of(file: &File) -> Result<Self, FileError> {
+        let failed = |call| {
+            move |source: rustix::io::Errno| FileError::Call {
+                call,
+                offset: 0,
+                len: 0,
+                source: source.into(),
+            }
+        };
+        let stat = fstat(file).map_err(failed("fstat"))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(FileError::NotAFile);
         }
-    };
-    let stat = fstat(file).map_err(failed("fstat"))?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(FileError::NotAFile);
+        let fs = fstatfs(file).map_err(failed("fstatfs"))?;
+        let on_hugetlbfs = u32::try_from(fs.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
+        let page = if on_hugetlbfs {
+            u64::try_from(fs.f_bsize).unwrap_or(SMALL_PAGE)
+        } else {
+            SMALL_PAGE
+        };
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        Ok(Self { page, size })
     }
-    let fs = fstatfs(file).map_err(failed("fstatfs"))?;
-    let on_hugetlbfs = u32::try_from(fs.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
-    Ok(if on_hugetlbfs {
-        u64::try_from(fs.f_bsize).unwrap_or(SMALL_PAGE)
-    } else {
-        SMALL_PAGE
-    })
+
+    /// The whole pages around `len` bytes at `offset`, all of which the file has.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::TooShort`], or [`FileError::Bounds`] if the range is empty or wraps.
+    pub(crate) fn pages_around(&self, offset: u64, len: u64) -> Result<Range<u64>, FileError> {
+        let Self { page, size } = *self;
+        let out_of_bounds = FileError::Bounds { offset, len, page };
+        let Some(end) = offset.checked_add(len).filter(|_| len > 0) else {
+            return Err(out_of_bounds);
+        };
+        if end > size {
+            return Err(FileError::TooShort { end, size });
+        }
+        let last = end.checked_next_multiple_of(page).ok_or(out_of_bounds)?;
+        Ok(offset - offset % page..last)
+    }
 }
 
 /// One mmap of a file. Unmapped when the last range of it goes.
@@ -191,30 +230,14 @@ impl HostRange {
     ///
     /// [`FileError`] if the descriptor is no file, is shorter than the range, or cannot be mapped writable.
     pub fn of_file(file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
-        let page = page_bytes(file)?;
-        let out_of_bounds = FileError::Bounds { offset, len, page };
-        let Some(end) = offset.checked_add(len).filter(|_| len > 0) else {
-            return Err(out_of_bounds);
+        let shape = MemoryFile::of(file)?;
+        let pages = shape.pages_around(offset, len)?;
+        let page = shape.page;
+        let mapping = HostMapping::of_file(file, pages.start, pages.end - pages.start, page)?;
+        let (Ok(skip), Ok(len)) = (usize::try_from(offset - pages.start), usize::try_from(len)) else {
+            return Err(FileError::Bounds { offset, len, page });
         };
-        let stat = fstat(file).map_err(|source| FileError::Call {
-            call: "fstat",
-            offset,
-            len,
-            source: source.into(),
-        })?;
-        let size = u64::try_from(stat.st_size).unwrap_or(0);
-        if end > size {
-            return Err(FileError::TooShort { end, size });
-        }
-        let first = offset - offset % page;
-        let Some(last) = end.checked_next_multiple_of(page) else {
-            return Err(out_of_bounds);
-        };
-        let mapping = HostMapping::of_file(file, first, last - first, page)?;
-        let (Ok(skip), Ok(len)) = (usize::try_from(offset - first), usize::try_from(len)) else {
-            return Err(out_of_bounds);
-        };
-        // SAFETY: `skip + len` bytes lie inside the mapping, which starts at `first` and ends at or after `end`.
+        // SAFETY: `skip + len` bytes lie inside the mapping, whose pages hold the range.
         let start = unsafe { mapping.base.add(skip) };
         Ok(Self { mapping, start, len })
     }

@@ -16,7 +16,8 @@ mod table;
 mod virtq_memory;
 
 pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
-pub use mapping::{FileError, HostRange, HostSlice, page_bytes};
+pub(crate) use mapping::MemoryFile;
+pub use mapping::{FileError, HostRange, HostSlice};
 pub(crate) use region::RegionPiece;
 pub use region::{Region, RegionSpec};
 pub use table::{OverlapError, Piece, Table, TableHint};
