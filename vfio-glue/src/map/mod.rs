@@ -766,6 +766,25 @@ mod tests {
     }
 
     #[test]
+    fn a_table_tells_that_memory_of_its_guest_was_lost_and_no_other_does() {
+        guard::install().unwrap();
+        let (_, map) = fake();
+        let file = memfd(CELL_BYTES + 2 * MIB);
+        let table = |owner, file: &Arc<File>| {
+            let spec = region(file, 0, 3 * MIB, CELL_BYTES - MIB);
+            Table::new(vec![Arc::new(map.add_region(owner, spec).unwrap())]).unwrap()
+        };
+        let (cut, whole) = (table("vm0", &file), table("vm1", &memfd(CELL_BYTES + 2 * MIB)));
+        // A virtqueue over a cell's border has a mapping of its own, whose loss counts as well.
+        let virtq = cut.host_range(GuestAddress(MIB - 4096), 8192).unwrap();
+        file.set_len(CELL_BYTES - MIB).unwrap();
+        assert!(!cut.lost_memory());
+        virtq.whole().copy_to(&mut [0; 8192]);
+        assert!(cut.lost_memory());
+        assert!(!whole.lost_memory());
+    }
+
+    #[test]
     fn a_refused_region_leaves_nothing_behind() {
         let (kernel, map) = fake();
         let kept = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();

@@ -16,8 +16,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use super::guard::{Guarded, guard};
+use super::guard::{Guarded, SLOTS, guard};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
@@ -131,6 +132,7 @@ impl MemoryFile {
 struct HostMapping {
     base: NonNull<u8>,
     len: usize,
+    /// Always there until the mapping is dropped.
     guarded: Option<Guarded>,
 }
 
@@ -141,7 +143,13 @@ unsafe impl Send for HostMapping {}
 unsafe impl Sync for HostMapping {}
 
 impl HostMapping {
-    fn of_file(file: &File, offset: u64, len: u64, page: u64) -> Result<Arc<Self>, FileError> {
+    fn of_file(
+        file: &File,
+        offset: u64,
+        len: u64,
+        page: u64,
+        lost: &Arc<AtomicBool>,
+    ) -> Result<Arc<Self>, FileError> {
         let failed = |call| {
             move |source: rustix::io::Errno| FileError::Call {
                 call,
@@ -150,11 +158,9 @@ impl HostMapping {
                 source: source.into(),
             }
         };
-        let len_usize = usize::try_from(len).map_err(|_| FileError::Bounds {
-            offset,
-            len,
-            page: SMALL_PAGE,
-        })?;
+        let (Ok(len_usize), Ok(page_usize)) = (usize::try_from(len), usize::try_from(page)) else {
+            return Err(FileError::Bounds { offset, len, page });
+        };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel picks the place (no address is given), so no memory of ours is replaced.
         let base = unsafe {
@@ -171,21 +177,25 @@ impl HostMapping {
         let Some(base) = NonNull::new(base.cast::<u8>()) else {
             return Err(failed("mmap")(rustix::io::Errno::NOMEM));
         };
-        let guarded = usize::try_from(page)
-            .ok()
-            .map(|page| guard(base.as_ptr().addr(), len_usize, page));
-        let mapping = Arc::new(Self {
+        let mut mapping = Self {
             base,
             len: len_usize,
-            guarded,
-        });
+            guarded: None,
+        };
+        mapping.guarded = guard(base.as_ptr().addr(), len_usize, page_usize, lost);
+        if mapping.guarded.is_none() {
+            return Err(FileError::TooManyMappings {
+                need: 1,
+                limit: SLOTS,
+            });
+        }
         // Guest memory belongs in no core dump and in no child: a fork would make pinned pages copy on write
         // (TRAPS 51).
         for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
             // SAFETY: neither advice changes what the bytes are, and the range is exactly our mapping.
             unsafe { madvise(base.as_ptr().cast(), len_usize, advice) }.map_err(failed("madvise"))?;
         }
-        Ok(mapping)
+        Ok(Arc::new(mapping))
     }
 }
 
@@ -228,12 +238,24 @@ impl HostRange {
     ///
     /// # Errors
     ///
-    /// [`FileError`] if the descriptor is no file, is shorter than the range, or cannot be mapped writable.
+    /// [`FileError`] if the descriptor is no file, is shorter than the range, cannot be mapped writable, or there
+    /// are too many mappings to guard one more.
     pub fn of_file(file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
+        Self::marking(file, offset, len, &Arc::default())
+    }
+
+    /// As [`of_file`](Self::of_file); if the new mapping loses bytes, [`lost_memory`](Self::lost_memory) is true for
+    /// this range too.
+    pub(super) fn and_of_file(&self, file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
+        let mark = self.mapping.guarded.as_ref().map(Guarded::mark);
+        Self::marking(file, offset, len, mark.unwrap_or(&Arc::default()))
+    }
+
+    fn marking(file: &File, offset: u64, len: u64, lost: &Arc<AtomicBool>) -> Result<Self, FileError> {
         let shape = MemoryFile::of(file)?;
         let pages = shape.pages_around(offset, len)?;
         let page = shape.page;
-        let mapping = HostMapping::of_file(file, pages.start, pages.end - pages.start, page)?;
+        let mapping = HostMapping::of_file(file, pages.start, pages.end - pages.start, page, lost)?;
         let (Ok(skip), Ok(len)) = (usize::try_from(offset - pages.start), usize::try_from(len)) else {
             return Err(FileError::Bounds { offset, len, page });
         };
@@ -251,6 +273,13 @@ impl HostRange {
     /// Whether there are no bytes: never so, a range is made with at least one.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Whether the file was cut short so that bytes of the mapping had to be replaced by zeroes.
+    ///
+    /// It stays so: what is mapped here is not the guest's memory any more, whatever the file is like later.
+    pub fn lost_memory(&self) -> bool {
+        self.mapping.guarded.as_ref().is_some_and(Guarded::has_lost)
     }
 
     /// The first byte's address in this process, as a number, for the kernel.

@@ -93,6 +93,14 @@ impl Table {
         &self.regions
     }
 
+    /// Whether a file of this memory was cut short so that bytes had to be replaced by zeroes: its guest cannot be
+    /// served any longer. Memory that two guests share is lost to both.
+    ///
+    /// Found when a lost byte is first touched, by any user of the table.
+    pub fn lost_memory(&self) -> bool {
+        self.segments.iter().any(|segment| segment.host.lost_memory())
+    }
+
     /// Finds the bytes the guest calls `start`, as many of `len` as are contiguous; ask again for the rest.
     ///
     /// `None` if `start` is in no region or `len` is 0. Bytes past the region's end are simply not in the
@@ -150,7 +158,10 @@ impl Table {
         segment.host.sub(in_segment, len).or_else(|| {
             // Across a grid cell's border: a small mapping of its own joins what the cells keep apart.
             let offset = region.spec.file_offset.checked_add(skip)?;
-            HostRange::of_file(&region.spec.file, offset, len as u64).ok()
+            segment
+                .host
+                .and_of_file(&region.spec.file, offset, len as u64)
+                .ok()
         })
     }
 
