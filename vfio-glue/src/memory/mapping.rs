@@ -23,6 +23,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+const TMPFS_MAGIC: u32 = 0x0102_1994;
 const SMALL_PAGE: u64 = 4096;
 
 /// Why a file cannot serve as memory.
@@ -31,6 +32,15 @@ pub enum FileError {
     /// The descriptor is no file: a socket, a pipe, an eventfd.
     #[error("the descriptor is not a file that can be shared memory; give the VMM's memory share=on")]
     NotAFile,
+    /// The file is no memory: a page fault on it waits for a disk, a network or a process of the VMM's.
+    #[error(
+        "the memory is on a file system (magic {magic:#x}) where a page can keep us waiting; \
+         a memfd, a file on tmpfs (/dev/shm) or one on hugetlbfs is accepted"
+    )]
+    FileSystem {
+        /// What statfs(2) calls it.
+        magic: u64,
+    },
     /// The file ends before the range does.
     #[error("the memory announced ends at {end:#x} of its file, which is only {size:#x} bytes long")]
     TooShort {
@@ -84,7 +94,8 @@ impl MemoryFile {
     ///
     /// # Errors
     ///
-    /// [`FileError::NotAFile`] for anything but a regular file, [`FileError::Call`] if the kernel does not tell.
+    /// [`FileError::NotAFile`] for anything but a regular file, [`FileError::FileSystem`] for one that is not in
+    /// memory, [`FileError::Call`] if the kernel does not tell.
     pub(crate) fn of(file: &File) -> Result<Self, FileError> {
         let failed = |call| {
             move |source: rustix::io::Errno| FileError::Call {
@@ -99,11 +110,13 @@ impl MemoryFile {
             return Err(FileError::NotAFile);
         }
         let fs = fstatfs(file).map_err(failed("fstatfs"))?;
-        let on_hugetlbfs = u32::try_from(fs.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
-        let page = if on_hugetlbfs {
-            u64::try_from(fs.f_bsize).unwrap_or(SMALL_PAGE)
-        } else {
-            SMALL_PAGE
+        let page = match u32::try_from(fs.f_type) {
+            Ok(HUGETLBFS_MAGIC) => u64::try_from(fs.f_bsize).unwrap_or(SMALL_PAGE),
+            Ok(TMPFS_MAGIC) => SMALL_PAGE,
+            _ => {
+                let magic = fs.f_type.cast_unsigned();
+                return Err(FileError::FileSystem { magic });
+            }
         };
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         Ok(Self { page, size })
@@ -238,7 +251,7 @@ impl HostRange {
     ///
     /// # Errors
     ///
-    /// [`FileError`] if the descriptor is no file, is shorter than the range, cannot be mapped writable, or there
+    /// [`FileError`] if the descriptor is no file in memory, is shorter than the range, cannot be mapped writable, or there
     /// are too many mappings to guard one more.
     pub fn of_file(file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
         Self::marking(file, offset, len, &Arc::default())
@@ -447,6 +460,18 @@ mod tests {
         let (reader, _writer) = rustix::pipe::pipe().unwrap();
         let error = HostRange::of_file(&File::from(reader), 0, 4096).unwrap_err();
         assert!(matches!(error, FileError::NotAFile));
+    }
+
+    #[test]
+    fn a_file_that_is_not_in_memory_is_refused_and_the_error_says_what_is_accepted() {
+        // On every Linux, and never in memory the VMM could give us: proc.
+        let file = File::open("/proc/self/maps").unwrap();
+        let error = HostRange::of_file(&file, 0, 4096).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the memory is on a file system (magic 0x9fa0) where a page can keep us waiting; \
+             a memfd, a file on tmpfs (/dev/shm) or one on hugetlbfs is accepted"
+        );
     }
 
     #[test]
