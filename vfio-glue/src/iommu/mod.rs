@@ -338,7 +338,8 @@ pub trait Iommu: Send {
     ///
     /// # Errors
     ///
-    /// [`IommuError::Unmap`]; the range must then be taken as still mapped.
+    /// [`IommuError::Unmap`]; the range must then be taken as still mapped for the devices there are. It is not tried
+    /// again, and devices that come later are not given it.
     fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), IommuError>;
 
     /// Lets a device in: from now on all ranges are mapped for it.

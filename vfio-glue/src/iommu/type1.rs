@@ -214,6 +214,9 @@ impl Iommu for Type1 {
         if !exact {
             return Err(failed(io::Error::other("no mapping has these bounds")));
         }
+        // Forgotten even if the kernel refuses: what it still holds goes with the last group and must not come back
+        // with the next one.
+        self.remembered.remove(&iova.raw());
         if !self.groups.is_empty() {
             let unmapped = sys::type1_unmap(&self.container, iova, len).map_err(failed)?;
             if unmapped != len {
@@ -222,7 +225,6 @@ impl Iommu for Type1 {
                 ))));
             }
         }
-        self.remembered.remove(&iova.raw());
         Ok(())
     }
 

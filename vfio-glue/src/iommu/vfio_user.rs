@@ -68,7 +68,9 @@ impl Iommu for VfioUserIommu {
                 Err(source) => {
                     for client in told {
                         if let Err(error) = client.dma_unmap(request.iova, request.len) {
-                            tracing::error!(device = %client.path().display(), %error, "undoing DMA_MAP failed");
+                            // The IOVA is used again: a device that kept this range would reach the wrong memory.
+                            tracing::error!(device = %client.path().display(), %error, "undoing DMA_MAP failed, the device is let go");
+                            client.close();
                         }
                     }
                     return Err(request.refused("VFIO_USER_DMA_MAP", source));
@@ -93,14 +95,16 @@ impl Iommu for VfioUserIommu {
         {
             return Err(failed(io::Error::other("no mapping has these bounds")));
         }
+        self.mapped.remove(&iova.raw());
+        // One that refuses is no reason to leave it with the others.
+        let mut outcome = Ok(());
         for client in self.present() {
             match client.dma_unmap(iova, len) {
-                Err(source) if !client.is_gone() => return Err(failed(source)),
+                Err(source) if !client.is_gone() => outcome = outcome.and(Err(failed(source))),
                 _ => {}
             }
         }
-        self.mapped.remove(&iova.raw());
-        Ok(())
+        outcome
     }
 
     fn attach(&mut self, device: &DeviceAddress) -> Result<Arc<dyn PciFunction>, IommuError> {
@@ -152,7 +156,7 @@ mod tests {
     use crate::pci::config_space::{BusMaster, identity, set_bus_master};
 
     const BAR_BYTES: u64 = 64;
-    const REFUSED: u64 = 0x6666_0000;
+    const ODD: u64 = 0x6666_0000;
 
     /// A card of one BAR: register 4 fires vector 1; an access at 8 is refused.
     #[derive(Default)]
@@ -162,6 +166,8 @@ mod tests {
         mapped: Vec<(u64, u64, u64, File)>,
         vectors: BTreeMap<u32, File>,
         resets: u32,
+        refuses_map: Option<u64>,
+        refuses_unmap: Option<u64>,
     }
 
     /// What the card and the test both see.
@@ -205,19 +211,20 @@ mod tests {
             fd: Option<File>,
         ) -> io::Result<()> {
             assert_eq!(flags, DmaMapFlags::READ_WRITE);
-            if address == REFUSED {
+            let mut card = self.0.lock().unwrap();
+            if card.refuses_map == Some(address) {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
-            self.0
-                .lock()
-                .unwrap()
-                .mapped
-                .push((address, size, offset, fd.unwrap()));
+            card.mapped.push((address, size, offset, fd.unwrap()));
             Ok(())
         }
 
         fn dma_unmap(&mut self, _flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-            let mapped = &mut self.0.lock().unwrap().mapped;
+            let mut card = self.0.lock().unwrap();
+            if card.refuses_unmap == Some(address) {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+            let mapped = &mut card.mapped;
             let found = mapped
                 .iter()
                 .position(|(start, len, ..)| (*start, *len) == (address, size));
@@ -376,10 +383,54 @@ mod tests {
         let bar = function.bar(0).unwrap();
         assert_eq!(bar.read32(8), u32::MAX);
         assert_eq!(bar.read32(12), 0x5a5a_5a5a);
-        assert!(iommu.map(&request(REFUSED, b"")).is_err());
+        served.card.0.lock().unwrap().refuses_map = Some(ODD);
+        assert!(iommu.map(&request(ODD, b"")).is_err());
         iommu.map(&request(0x10_0000, b"")).unwrap();
         iommu.detach(&served.device).unwrap();
         served.thread.join().unwrap();
+    }
+
+    /// Two cards in the order in which they are told.
+    fn serve_two() -> [Served; 2] {
+        let mut two = [serve(), serve()];
+        two.sort_by_key(|served| served.device.to_string());
+        two
+    }
+
+    #[test]
+    fn a_range_one_device_will_not_give_up_leaves_the_others_and_is_not_given_to_the_next() {
+        let [first, second] = serve_two();
+        let next = serve();
+        let mut iommu = VfioUserIommu::new();
+        let functions = [&first, &second].map(|served| iommu.attach(&served.device).unwrap());
+        first.card.0.lock().unwrap().refuses_unmap = Some(ODD);
+        iommu.map(&request(ODD, b"")).unwrap();
+        assert!(iommu.unmap(Iova::new(ODD), 4096).is_err());
+        assert!(second.card.0.lock().unwrap().mapped.is_empty());
+        let function = iommu.attach(&next.device).unwrap();
+        assert!(next.card.0.lock().unwrap().mapped.is_empty());
+        drop((functions, function));
+        for served in [first, second, next] {
+            iommu.detach(&served.device).unwrap();
+            served.thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_device_that_keeps_a_range_that_was_to_be_undone_is_let_go() {
+        let [first, second] = serve_two();
+        let mut iommu = VfioUserIommu::new();
+        let functions = [&first, &second].map(|served| iommu.attach(&served.device).unwrap());
+        first.card.0.lock().unwrap().refuses_unmap = Some(ODD);
+        second.card.0.lock().unwrap().refuses_map = Some(ODD);
+        assert!(iommu.map(&request(ODD, b"")).is_err());
+        first.thread.join().unwrap();
+        second.card.0.lock().unwrap().refuses_map = None;
+        iommu.map(&request(ODD, b"")).unwrap();
+        assert_eq!(second.card.0.lock().unwrap().mapped.len(), 1);
+        drop(functions);
+        iommu.detach(&second.device).unwrap();
+        second.thread.join().unwrap();
     }
 
     #[test]

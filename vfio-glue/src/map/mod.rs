@@ -16,7 +16,7 @@ mod budget;
 mod extent;
 mod iova;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::ops::{Range, RangeInclusive};
@@ -133,16 +133,23 @@ pub struct MemoryMap {
 struct Books {
     iommu: Box<dyn Iommu>,
     iovas: IovaAllocator,
-    extents: HashMap<ExtentKey, Record>,
+    /// All that is mapped, by IOVA.
+    records: BTreeMap<Iova, Record>,
+    /// What is handed out when the same bytes are asked for again.
+    shared: HashMap<ExtentKey, Iova>,
     devices: Vec<DeviceAddress>,
 }
 
 struct Record {
     extent: Arc<Extent>,
     by: MappedBy,
-    /// One entry for each time it was asked for.
+    /// One entry for each time it was asked for. None once an unmap failed: devices may reach the range for as long
+    /// as the map lives, so it keeps its IOVA and its memory and nobody is given it again.
     owners: Vec<String>,
 }
+
+/// Shown as the owner of a range that could not be unmapped.
+const UNMAP_FAILED: &str = "unmap failed";
 
 impl std::fmt::Debug for MemoryMap {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -160,7 +167,8 @@ impl MemoryMap {
             books: Mutex::new(Books {
                 iommu,
                 iovas: IovaAllocator::new(cautious_ranges()),
-                extents: HashMap::new(),
+                records: BTreeMap::new(),
+                shared: HashMap::new(),
                 devices: Vec::new(),
             }),
         })
@@ -234,7 +242,8 @@ impl MemoryMap {
     ///
     /// # Errors
     ///
-    /// [`MapError::Iommu`] if an unmap failed: that extent then stays in the books and keeps its IOVA.
+    /// [`MapError::Iommu`] if an unmap failed: that range then stays in the books with no owner and keeps its IOVA
+    /// and its memory for as long as the map lives.
     pub fn remove_region(&self, owner: &str, region: &Region) -> Result<(), MapError> {
         let mut books = self.books();
         let mut first_error = Ok(());
@@ -311,12 +320,11 @@ impl MemoryMap {
     /// What is in the map now, in order of IOVA.
     pub fn snapshot(&self) -> MapSnapshot {
         let books = self.books();
-        let mut extents: Vec<ExtentSnapshot> = books
-            .extents
+        let extents: Vec<ExtentSnapshot> = books
+            .records
             .values()
             .map(|record| record.snapshot(books.iommu.as_ref()))
             .collect();
-        extents.sort_by_key(|extent| extent.iova);
         let mapped_bytes = extents.iter().map(|extent| extent.len).sum();
         MapSnapshot {
             name: self.name.clone(),
@@ -386,7 +394,7 @@ impl Books {
             })?;
             keys.push((key, cell.clone()));
         }
-        let new = keys.iter().filter(|(key, _)| !self.extents.contains_key(key));
+        let new = keys.iter().filter(|(key, _)| self.mapped_for(key).is_none());
         let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
             (count + 1, need + cell.end - cell.start)
         });
@@ -422,7 +430,9 @@ impl Books {
         owner: &str,
         after: Option<u64>,
     ) -> Result<Arc<Extent>, AcquireError> {
-        if let Some(record) = self.extents.get_mut(&key) {
+        if let Some(iova) = self.mapped_for(&key)
+            && let Some(record) = self.records.get_mut(&iova)
+        {
             record.owners.push(owner.to_owned());
             return Ok(Arc::clone(&record.extent));
         }
@@ -456,26 +466,43 @@ impl Books {
             by,
             owners: vec![owner.to_owned()],
         };
-        self.extents.insert(key, record);
+        self.records.insert(iova, record);
+        self.shared.insert(key, iova);
         Ok(extent)
+    }
+
+    /// Where these bytes are mapped already, good for one more owner.
+    ///
+    /// Memory that was lost here is not: what we would read is not what the file holds now.
+    fn mapped_for(&self, key: &ExtentKey) -> Option<Iova> {
+        let iova = *self.shared.get(key)?;
+        let record = self.records.get(&iova)?;
+        (!record.extent.host.lost_memory()).then_some(iova)
     }
 
     /// Counts `owner` out once; unmaps when nobody is left.
     fn release(&mut self, bus: &SoftwareBus, extent: &Arc<Extent>, owner: &str) -> Result<(), MapError> {
-        let Some(record) = self.extents.get_mut(&extent.key) else {
+        let iova = extent.iova;
+        let Some(record) = self.records.get_mut(&iova) else {
             return Ok(());
         };
-        if let Some(index) = record.owners.iter().position(|other| other == owner) {
-            record.owners.swap_remove(index);
-        }
+        let index = record.owners.iter().position(|other| other == owner);
+        // Whoever lets go a second time may find the place taken by another extent.
+        let Some(index) = index.filter(|_| Arc::ptr_eq(&record.extent, extent)) else {
+            return Ok(());
+        };
+        record.owners.swap_remove(index);
         if !record.owners.is_empty() {
             return Ok(());
         }
+        if self.shared.get(&extent.key) == Some(&iova) {
+            self.shared.remove(&extent.key);
+        }
         // Software devices lose the range first, then the hardware; the IOVA is free only once it is unmapped.
-        bus.remove(extent.iova);
-        self.iommu.unmap(extent.iova, extent.len())?;
-        self.iovas.give_back(extent.iova);
-        self.extents.remove(&extent.key);
+        bus.remove(iova);
+        self.iommu.unmap(iova, extent.len())?;
+        self.iovas.give_back(iova);
+        self.records.remove(&iova);
         tracing::info!(iova = %extent.iova, len = extent.len(), owner, "unmapped");
         Ok(())
     }
@@ -495,7 +522,7 @@ impl Books {
         let Some(limit) = budget::pin_limit().filter(|_| pins) else {
             return Ok(());
         };
-        let pinned = self.extents.values().map(|record| record.extent.len()).sum();
+        let pinned = self.records.values().map(|record| record.extent.len()).sum();
         if need.saturating_add(pinned) > limit {
             return Err(MapError::OverBudget { need, pinned, limit });
         }
@@ -537,7 +564,11 @@ impl Record {
             file: file.map_or_else(|_| "?".to_owned(), |path| path.display().to_string()),
             file_offset: self.extent.file_offset(),
             by,
-            owners: self.owners.clone(),
+            owners: if self.owners.is_empty() {
+                vec![UNMAP_FAILED.to_owned()]
+            } else {
+                self.owners.clone()
+            },
         }
     }
 }
@@ -652,7 +683,8 @@ pub struct ExtentSnapshot {
     pub file_offset: u64,
     /// How the IOMMU got it.
     pub by: MappedBy,
-    /// Who asked for it, once for each time.
+    /// Who asked for it, once for each time; `unmap failed` for a range that nobody has any more and that could not
+    /// be taken from the devices.
     pub owners: Vec<String>,
 }
 
@@ -799,15 +831,56 @@ mod tests {
     }
 
     #[test]
-    fn an_unmap_that_fails_keeps_its_iova_out_of_use() {
+    fn a_range_that_cannot_be_unmapped_is_kept_and_never_handed_out_again() {
         let (kernel, map) = fake();
-        let region_a = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        let file = memfd(MIB);
+        let spec = || region(&file, 0, MIB, 0);
+        let first = map.add_region("vm0", spec()).unwrap();
         kernel.fail_after(0);
-        assert!(map.remove_region("vm0", &region_a).is_err());
+        assert!(map.remove_region("vm0", &first).is_err());
         let stuck = kernel.mapped()[0];
-        let _b = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+
+        let second = map.add_region("vm0", spec()).unwrap();
+        assert_eq!(kernel.mapped().len(), 2, "the same bytes are mapped anew");
+        map.remove_region("vm0", &first).unwrap();
+        let seen = map.snapshot().extents;
+        assert_eq!((seen[0].iova.raw(), seen[0].len), stuck);
+        assert_eq!(seen[0].owners, vec!["unmap failed"]);
+        assert_eq!(
+            seen[1].owners,
+            vec!["vm0"],
+            "letting go twice takes nothing from others"
+        );
+        let bus = map.software_bus();
+        assert_eq!(bus.room(seen[0].iova), 0, "no software device reaches it");
+        assert_ne!(bus.room(seen[1].iova), 0);
+
+        map.remove_region("vm0", &second).unwrap();
+        assert_eq!(kernel.mapped(), vec![stuck]);
+    }
+
+    #[test]
+    fn memory_that_was_lost_here_is_not_shared_with_the_next_owner() {
+        guard::install().unwrap();
+        let (kernel, map) = fake();
+        let file = memfd(MIB);
+        let spec = || region(&file, 0, MIB, 0);
+        let table = |region: &Arc<Region>| Table::new(vec![Arc::clone(region)]).unwrap();
+        let first = Arc::new(map.add_region("vm0", spec()).unwrap());
+        file.set_len(0).unwrap();
+        let range = table(&first).host_range(GuestAddress(0), 16).unwrap();
+        range.whole().copy_to(&mut [0; 16]);
+        file.set_len(MIB).unwrap();
+
+        let second = Arc::new(map.add_region("vm1", spec()).unwrap());
+        assert!(table(&first).lost_memory() && !table(&second).lost_memory());
         assert_eq!(kernel.mapped().len(), 2);
-        assert!(kernel.mapped().contains(&stuck));
+        map.remove_region("vm0", &first).unwrap();
+        let third = map.add_region("vm2", spec()).unwrap();
+        assert_eq!(map.snapshot().extents[0].owners, vec!["vm1", "vm2"]);
+        map.remove_region("vm1", &second).unwrap();
+        map.remove_region("vm2", &third).unwrap();
+        assert_eq!(kernel.mapped(), vec![]);
     }
 
     #[test]
