@@ -30,6 +30,8 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// How long a front-end that has closed its socket may take to be seen to have.
 const HANG_UP_STEP: Duration = Duration::from_millis(10);
 const HANG_UP_LOOKS: u32 = 20;
+/// How long a connection may take to end when the process stops.
+const STOP_BOUND: Duration = Duration::from_secs(1);
 
 /// Why no front-end can come.
 #[derive(Debug, thiserror::Error)]
@@ -288,20 +290,40 @@ fn spawn(stream: UnixStream, port: &Arc<Port>, stop: &Stop) -> Option<Current> {
 }
 
 fn serve_one(stream: UnixStream, port: &Arc<Port>, stop: &Stop) {
+    let opened = stream.try_clone().and_then(|keep| Ok((keep, Stop::new()?)));
+    let (keep, done) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            tracing::error!(port = port.name(), %error, "a front-end cannot be served");
+            return;
+        }
+    };
     tracing::info!(port = port.name(), "front-end connected");
-    // The front-end sees the end only when everything of its has been let go.
-    let keep = stream.try_clone();
     let session = Session::new(Arc::clone(port));
-    let end = connection::serve(stream, &session, stop);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(|| last_resort(&keep, stop, &done));
+        let end = connection::serve(stream, &session, stop);
+        done.ask();
+        end
+    });
     session.close();
-    if let Ok(keep) = keep {
-        // Other duplicates may live on for a moment. An error means it is gone already.
-        let _ = keep.shutdown(std::net::Shutdown::Both);
-    }
+    // Only now the front-end sees the end: everything of its has been let go. Other duplicates may live on for a
+    // moment; an error means it is gone already.
+    let _ = keep.shutdown(std::net::Shutdown::Both);
     match end {
         End::Closed => tracing::info!(port = port.name(), "front-end closed the connection"),
         End::Stopped => {}
         End::Broken(why) => tracing::warn!(port = port.name(), "connection ended: {why}"),
+    }
+}
+
+/// Ends a connection that does not end by itself when the process stops: its front-end may not be reading, and then
+/// our answer waits.
+fn last_resort(connection: &UnixStream, stop: &Stop, done: &Stop) {
+    if stop.wait(Some(done.as_fd()), None) == Woken::Stop && done.wait(None, Some(STOP_BOUND)) != Woken::Stop
+    {
+        // An error means it has ended just now.
+        let _ = connection.shutdown(std::net::Shutdown::Both);
     }
 }
 

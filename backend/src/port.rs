@@ -5,12 +5,12 @@
 //! link thread ──link changed──▶ Port ──▶ every lane
 //! ```
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use queues::lane::{Lane, LaneSetup, LaneStats, Stopped};
+use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
 use queues::nic::{Link, Nic, NicError};
 use vfio_glue::map::MemoryMap;
-use vfio_glue::memory::Table;
+use vfio_glue::memory::{Region, Table};
 
 use crate::worker::{LaneId, Patience, Worker, WorkerGone};
 
@@ -45,6 +45,12 @@ impl Direction {
 /// Why a port could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum PortError {
+    /// The device did not stop and no reset has helped yet.
+    #[error("the device of port {port} did not stop and could not be reset: it is not used until it can")]
+    Stuck {
+        /// The port.
+        port: String,
+    },
     /// The card failed.
     #[error("the device failed")]
     Nic(#[from] NicError),
@@ -71,6 +77,25 @@ struct State {
     /// By virtqueue index.
     running: Vec<Option<LaneId>>,
     connected: bool,
+    /// Who has the port, to be told when its device needs a reset.
+    occupant: Weak<dyn Occupant>,
+    /// Queues that did not stop: the card may still use memory until it is reset, so all of it stays mapped.
+    stuck: Vec<Stuck>,
+    /// Guest memory of sessions that had to end while the device was stuck.
+    abandoned: Vec<Arc<Region>>,
+}
+
+/// Whoever uses a port: it alone knows which lanes are to run again after a reset.
+pub trait Occupant: Send + Sync {
+    /// The device must be reset: stop the lanes, reset, start those again that ran.
+    fn device_needs_reset(&self);
+}
+
+/// Nobody.
+struct Vacant;
+
+impl Occupant for Vacant {
+    fn device_needs_reset(&self) {}
 }
 
 impl std::fmt::Debug for Port {
@@ -118,6 +143,9 @@ impl Port {
                 link,
                 running,
                 connected: false,
+                occupant: Weak::<Vacant>::new(),
+                stuck: Vec::new(),
+                abandoned: Vec::new(),
             }),
         }
     }
@@ -158,9 +186,23 @@ impl Port {
         }
     }
 
-    /// Notes that a front-end came or went.
-    pub fn set_connected(&self, connected: bool) {
-        self.state().connected = connected;
+    /// A front-end has come.
+    pub fn occupy(&self, occupant: Weak<dyn Occupant>) {
+        let mut state = self.state();
+        state.connected = true;
+        state.occupant = occupant;
+    }
+
+    /// The front-end has gone.
+    pub fn vacate(&self) {
+        let mut state = self.state();
+        state.connected = false;
+        state.occupant = Weak::<Vacant>::new();
+    }
+
+    /// Keeps memory mapped that a stuck device may still use. It goes with the next reset that helps.
+    pub fn abandon(&self, regions: Vec<Arc<Region>>) {
+        self.state().abandoned.extend(regions);
     }
 
     /// Joins virtqueue `index` to the card and sets the lane going.
@@ -172,6 +214,11 @@ impl Port {
     /// [`PortError`]; the queue is at rest then.
     pub fn start_lane(&self, index: usize, mut setup: LaneSetup) -> Result<(), PortError> {
         let mut state = self.state();
+        if !state.stuck.is_empty() {
+            return Err(PortError::Stuck {
+                port: self.name.clone(),
+            });
+        }
         setup.link_up = state.link.is_up();
         let kicks = setup.kick.is_some();
         let pair = u16::try_from(index / 2).unwrap_or(u16::MAX);
@@ -189,18 +236,34 @@ impl Port {
         Ok(())
     }
 
-    /// Stops virtqueue `index`, if it runs. Once this returns, neither we nor the card touch the guest's memory for
-    /// it. Returns the first entry that was not used.
+    /// Stops virtqueue `index`, if it runs, and returns the first entry that was not used.
     ///
-    /// `card` in the answer is an error if the card's queue did not stop: call [`reset`](Self::reset) at once.
+    /// Unless the port [`is_stuck`](Self::is_stuck) afterwards, neither we nor the card touch the guest's memory for
+    /// that queue any more. If it is, [`reset`](Self::reset) comes before anything else.
     ///
     /// # Errors
     ///
     /// [`WorkerGone`].
-    pub fn stop_lane(&self, index: usize) -> Result<Option<Stopped>, WorkerGone> {
-        let id = self.state().running.get_mut(index).and_then(Option::take);
-        let Some(id) = id else { return Ok(None) };
-        Ok(self.worker.remove(id)?.map(Lane::stop))
+    pub fn stop_lane(&self, index: usize) -> Result<Option<u16>, WorkerGone> {
+        let mut state = self.state();
+        let Some(id) = state.running.get_mut(index).and_then(Option::take) else {
+            return Ok(None);
+        };
+        let Some(lane) = self.worker.remove(id)? else {
+            return Ok(None);
+        };
+        let Stopped { first_unused, card } = lane.stop();
+        if let Err(stuck) = card {
+            let error: &dyn std::error::Error = &stuck.source;
+            tracing::error!(port = self.name, error, "only a reset ends the card's DMA");
+            state.stuck.push(stuck);
+        }
+        Ok(Some(first_unused))
+    }
+
+    /// Whether a queue of the card did not stop since the last reset.
+    pub fn is_stuck(&self) -> bool {
+        !self.state().stuck.is_empty()
     }
 
     /// Does something with the lane of virtqueue `index` between two passes, if it runs.
@@ -230,16 +293,23 @@ impl Port {
         Ok(())
     }
 
-    /// Resets the device. All lanes of the port have been stopped.
+    /// Resets the device. All lanes of the port have been stopped. Memory that was kept for it goes.
     ///
     /// # Errors
     ///
-    /// [`NicError`] if it does not come back.
+    /// [`NicError`] if it does not come back; its DMA may go on, and everything stays mapped.
     pub fn reset(&self) -> Result<(), NicError> {
         tracing::warn!(port = self.name, "the device is reset");
         let mut state = self.state();
         state.nic.reset()?;
         state.link = state.nic.link();
+        state.stuck.clear();
+        for region in std::mem::take(&mut state.abandoned) {
+            if let Err(error) = self.map.remove_region(&self.name, &region) {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(port = self.name, error, "a region stays mapped");
+            }
+        }
         Ok(())
     }
 
@@ -252,16 +322,16 @@ impl Port {
     }
 
     /// Looks at the link and tells the lanes if it changed.
+    ///
+    /// A card without a link keeps the frames it has, so its queue may not stop: then the whole device is reset, as
+    /// its own kernel driver does.
     pub fn look_at_link(&self) {
-        let (link, running) = {
-            let mut state = self.state();
-            let link = state.nic.link();
-            if link == state.link {
-                return;
-            }
-            state.link = link;
-            (link, state.running.clone())
-        };
+        let mut state = self.state();
+        let link = state.nic.link();
+        if link == state.link {
+            return;
+        }
+        state.link = link;
         match link {
             Link::Up { mbps } => tracing::info!(port = self.name, mbps, "link is up"),
             Link::Down => tracing::warn!(
@@ -269,16 +339,39 @@ impl Port {
                 "link is down: frames to send are dropped and counted"
             ),
         }
-        let up = link.is_up();
-        for id in running.into_iter().flatten() {
-            match self.worker.with(id, move |lane| lane.set_link(up)) {
-                Ok(Some(Err(error))) => {
-                    tracing::error!(port = self.name, %error, "a lane did not follow the link")
+        let mut needs_reset = false;
+        for index in 0..self.queues() {
+            match self.tell_link(&mut state, index, link.is_up()) {
+                Ok(()) => {}
+                Err(PortError::Nic(error)) => {
+                    tracing::info!(port = self.name, %error, "a queue did not follow the link");
+                    needs_reset = true;
                 }
-                Ok(_) => {}
                 Err(error) => tracing::error!(port = self.name, %error, "a lane did not follow the link"),
             }
         }
+        let occupant = state.occupant.upgrade();
+        // The occupant comes back here for its lanes.
+        drop(state);
+        if let Some(occupant) = occupant.filter(|_| needs_reset) {
+            occupant.device_needs_reset();
+        }
+    }
+
+    /// Tells one lane, on this thread: its queue may take a while to stop, and the worker has other ports' lanes.
+    fn tell_link(&self, state: &mut State, index: usize, up: bool) -> Result<(), PortError> {
+        let Some(id) = state.running.get(index).copied().flatten() else {
+            return Ok(());
+        };
+        let Some((mut lane, patience)) = self.worker.take(id)? else {
+            return Ok(());
+        };
+        let told = lane.set_link(up);
+        let id = self.worker.add(lane, patience)?;
+        if let Some(slot) = state.running.get_mut(index) {
+            *slot = Some(id);
+        }
+        Ok(told?)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

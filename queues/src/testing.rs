@@ -176,6 +176,27 @@ impl Guest {
         }
     }
 
+    /// Takes all IOVA space, so that nothing more can be mapped.
+    pub(crate) fn fill_the_map(&self) {
+        for len in [1 << 40, 1 << 34, 1 << 30, 1 << 24, 1 << 20, 1 << 16, 4096] {
+            loop {
+                let file = File::from(memfd_create("filler", MemfdFlags::CLOEXEC).unwrap());
+                file.set_len(len).unwrap();
+                let (guest, frontend) = (GuestAddress(0), FrontendAddress(0));
+                let spec = RegionSpec {
+                    guest,
+                    frontend,
+                    len,
+                    file: Arc::new(file),
+                    file_offset: 0,
+                };
+                if self.map.add_region("filler", spec).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
     /// Whether the map holds bounce memory.
     pub(crate) fn has_bounce_memory(&self) -> bool {
         self.map

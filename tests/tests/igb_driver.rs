@@ -126,11 +126,14 @@ fn one_short_buffer_bounces_and_shows_in_counters_and_map() {
     rx.post(1529, Layout::WithData, Form::Direct);
     rx.post(1530, Layout::WithData, Form::Direct);
     rx.queue.submit();
-    lane.poll();
-    assert!(
-        !bench.maps_only_guest_and_rings(),
-        "the proof of zero-copy is one that can fail"
-    );
+    // The proof of zero-copy is one that can fail: bounce memory appears, mapped by a thread of its own, and then the
+    // buffers are posted.
+    assert!(bench.maps_only_guest_and_rings());
+    while lane.poll() != Progress::Moved {
+        std::thread::yield_now();
+    }
+    while lane.poll() == Progress::Moved {}
+    assert!(!bench.maps_only_guest_and_rings());
     for n in 0..2 {
         bench.card().receive_from_wire(&frame(1514, n));
     }
@@ -229,10 +232,8 @@ fn a_queue_that_will_not_stop_says_so_in_bounded_time_and_a_reset_ends_its_dma()
         queue: 0,
     });
     let stopped = lane.stop();
-    assert!(matches!(
-        stopped.card,
-        Err(NicError::WillNotStop { bound_ms: 10, .. })
-    ));
+    let stuck = stopped.card.unwrap_err();
+    assert!(matches!(stuck.source, NicError::WillNotStop { bound_ms: 10, .. }));
     bench.nic.reset().unwrap();
     let before = bench.memory.snapshot();
     bench.wait_for_link();
@@ -312,6 +313,37 @@ fn a_pulled_cable_loses_frames_by_count_and_a_plugged_one_carries_again() {
 }
 
 #[test]
+fn trap_10_frames_with_the_card_when_the_cable_goes_come_back_by_a_reset() {
+    let mut bench = Bench::new(SILICON);
+    bench.wait_for_link();
+    let counters = stats();
+    let ring = bench.ring(64, 0);
+    let mut lane = bench.tx_lane(&ring, &counters);
+    let mut tx = Tx::new(ring, &bench.memory, TX_ARENA, 16);
+    bench.card().hang_tx(true);
+    tx.offer(&frame(100, 0), Layout::WithData, Form::Direct);
+    tx.queue.submit();
+    lane.poll();
+    bench.card().set_link(false);
+    assert!(
+        lane.set_link(false).is_err(),
+        "silicon does not let go without a link"
+    );
+    assert_eq!(tx.reclaim(), 0, "so the frame is still the card's to read");
+    let stopped = lane.stop();
+    assert!(stopped.card.is_err());
+    bench.nic.reset().unwrap();
+    drop(stopped);
+    let mut lane = bench.tx_lane(&tx.queue, &counters);
+    while lane.poll() == Progress::Moved {}
+    assert_eq!(tx.reclaim(), 1, "lost and counted, and the guest goes on");
+    assert_eq!(counters.dropped[Drop::LinkDown as usize].get(), 1);
+    assert_eq!(counters.frames.get(), 0);
+    lane.stop().card.unwrap();
+    bench.card().violations().assert_clean();
+}
+
+#[test]
 fn interrupts_come_when_armed_and_not_while_polling() {
     for options in [SILICON, QEMU] {
         let mut bench = Bench::new(options);
@@ -323,12 +355,10 @@ fn interrupts_come_when_armed_and_not_while_polling() {
         rx.fill(10, 1536, Layout::WithData, Form::Direct);
         rx.queue.submit();
         lane.poll();
-        lane.disarm();
         bench.card().receive_from_wire(&frame(100, 0));
         lane.take_interrupt();
         assert_eq!(counters.interrupts.get(), 0);
         assert!(lane.arm(), "what came while polling is seen when arming");
-        lane.disarm();
         while lane.poll() == Progress::Moved {}
         lane.take_interrupt();
         let before = counters.interrupts.get();
@@ -336,7 +366,6 @@ fn interrupts_come_when_armed_and_not_while_polling() {
         bench.card().receive_from_wire(&frame(100, 1));
         lane.take_interrupt();
         assert!(counters.interrupts.get() > before, "an armed lane is woken");
-        lane.disarm();
         while lane.poll() == Progress::Moved {}
         assert_eq!(rx.try_recv().unwrap(), frame(100, 0));
         assert_eq!(rx.try_recv().unwrap(), frame(100, 1));
@@ -353,7 +382,10 @@ fn a_card_that_is_gone_is_told_apart_from_one_that_is_stuck() {
     let ring = bench.ring(64, 0);
     let lane = bench.tx_lane(&ring, &counters);
     bench.card().set_removed(true);
-    assert!(lane.stop().card.is_ok(), "no DMA comes from a card that is not there");
+    assert!(
+        lane.stop().card.is_ok(),
+        "no DMA comes from a card that is not there"
+    );
     assert!(matches!(bench.nic.reset(), Err(NicError::Gone { .. })));
     assert_eq!(bench.nic.link(), Link::Down);
     bench.card().violations().assert_clean();

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -33,7 +34,9 @@ impl Session {
         let result = work(&mut self.state());
         result.map_err(|error| {
             let error = anyhow::Error::new(error);
-            tracing::warn!(port = self.port.name(), request, "refused: {error:#}");
+            if self.is_worth_a_line() {
+                tracing::warn!(port = self.port.name(), request, "refused: {error:#}");
+            }
             VhostError::ReqHandlerError(io::Error::other(format!("{error:#}")))
         })
     }
@@ -66,17 +69,20 @@ fn vring(state: &mut State, index: usize) -> Result<&mut Vring, SessionError> {
         .ok_or(SessionError::NoVring { index, queues })
 }
 
-/// Makes a received eventfd ours: not inherited by programs, and never blocking a worker.
+/// Makes a received eventfd ours: not inherited by programs, and not blocking a worker. Nothing but an eventfd: a
+/// write to a pipe or to a file of a user's file system can take for ever.
 fn adopt(index: usize, what: &'static str, fd: Option<File>) -> Result<Option<File>, SessionError> {
     let Some(fd) = fd else { return Ok(None) };
+    let failed = |source: io::Error| SessionError::Descriptor { index, what, source };
+    let found = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(failed)?;
+    if found.as_os_str() != "anon_inode:[eventfd]" {
+        let found = found.display().to_string();
+        return Err(SessionError::NotAnEventfd { index, what, found });
+    }
     let ready = fcntl_setfd(&fd, FdFlags::CLOEXEC)
         .and_then(|()| fcntl_getfl(&fd))
         .and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK));
-    ready.map_err(|source| SessionError::Descriptor {
-        index,
-        what,
-        source: source.into(),
-    })?;
+    ready.map_err(|source| failed(source.into()))?;
     Ok(Some(fd))
 }
 
@@ -91,6 +97,12 @@ fn region(guest: u64, frontend: u64, len: u64, file_offset: u64, file: File) -> 
         file: Arc::new(file),
         file_offset,
     }
+}
+
+fn protocol_offered() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
 }
 
 fn index_of(index: u32) -> usize {
@@ -140,13 +152,18 @@ impl VhostUserBackendReqHandler for Session {
     }
 
     fn get_protocol_features(&self) -> VhostResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        Ok(protocol_offered())
     }
 
     fn set_protocol_features(&self, features: u64) -> VhostResult<()> {
         self.answer("SET_PROTOCOL_FEATURES", |state| {
+            let extra = features & !protocol_offered().bits();
+            if extra != 0 {
+                return Err(SessionError::Features {
+                    asked: features,
+                    extra,
+                });
+            }
             state.protocol_features = features;
             Ok(())
         })

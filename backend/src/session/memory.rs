@@ -78,11 +78,15 @@ impl Session {
             }
         };
 
-        if dropped.is_empty() {
-            self.port.publish_table(&table)?;
+        // Whatever the card holds may lie in what goes: it is taken back before anything is unmapped.
+        let ready = if dropped.is_empty() {
+            self.port.publish_table(&table).map_err(SessionError::from)
         } else {
-            // Whatever the card holds may lie in what goes: it is taken back before anything is unmapped.
-            self.stop_all(state)?;
+            self.stop_all(state)
+        };
+        if let Err(error) = ready {
+            self.unmap(&added);
+            return Err(error);
         }
         state.table = table;
         state.regions = regions;

@@ -15,6 +15,7 @@ mod handler;
 mod memory;
 mod vring;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use queues::lane::MissingMemory;
@@ -23,7 +24,7 @@ use vfio_glue::map::MapError;
 use vfio_glue::memory::{Region, Table, VirtqMemoryError, guard};
 
 use self::vring::Vring;
-use crate::port::{Port, PortError};
+use crate::port::{Occupant, Port, PortError};
 use crate::worker::WorkerGone;
 
 /// Virtio feature bits we offer, and one of vhost-user (virtio 1.2 §5.1.3, §6; vhost-user, "Feature negotiation").
@@ -125,6 +126,16 @@ pub enum SessionError {
         /// Descriptors that came.
         files: usize,
     },
+    /// A descriptor that is no eventfd.
+    #[error("virtqueue {index}: its {what} descriptor is {found}, not an eventfd")]
+    NotAnEventfd {
+        /// Which virtqueue.
+        index: usize,
+        /// `kick`, `call` or `err`.
+        what: &'static str,
+        /// What it is.
+        found: String,
+    },
     /// A message for a feature that was not offered.
     #[error("{what} was not offered")]
     NotOffered {
@@ -157,6 +168,7 @@ pub enum SessionError {
 pub struct Session {
     port: Arc<Port>,
     replaced_before: u64,
+    refusals: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -175,10 +187,10 @@ impl Session {
     /// A session on `port`, which no other session uses.
     pub fn new(port: Arc<Port>) -> Arc<Self> {
         let vrings = (0..port.queues()).map(|_| Vring::default()).collect();
-        port.set_connected(true);
-        Arc::new(Self {
+        let session = Arc::new(Self {
             port,
             replaced_before: guard::replaced_pages(),
+            refusals: AtomicU64::new(0),
             state: Mutex::new(State {
                 features: 0,
                 protocol_features: 0,
@@ -187,7 +199,10 @@ impl Session {
                 vrings,
                 regions_in_motion: false,
             }),
-        })
+        });
+        let occupant: Arc<dyn Occupant> = session.clone();
+        session.port.occupy(Arc::downgrade(&occupant));
+        session
     }
 
     /// The port it is on.
@@ -223,17 +238,18 @@ impl Session {
     }
 
     /// Ends the session: all lanes stop, then the guest's memory leaves the map. Nothing touches it afterwards.
+    ///
+    /// If the device cannot be stopped, its memory stays mapped until it can.
     pub fn close(&self) {
         let mut state = self.state();
-        if let Err(error) = self.stop_all(&mut state) {
-            let error: &dyn std::error::Error = &error;
-            tracing::error!(
-                port = self.port.name(),
-                error,
-                "the device could not be stopped, its guest's memory stays mapped"
-            );
-        } else {
-            self.forget_memory(&mut state);
+        match self.stop_all(&mut state) {
+            Ok(()) => self.forget_memory(&mut state),
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(port = self.port.name(), error, "its guest's memory stays mapped");
+                state.table = Arc::default();
+                self.port.abandon(std::mem::take(&mut state.regions));
+            }
         }
         let replaced = guard::replaced_pages() - self.replaced_before;
         if replaced > 0 {
@@ -241,13 +257,33 @@ impl Session {
             tracing::warn!(
                 port = self.port.name(),
                 replaced,
-                "pages were lost: a memory file was cut short while mapped"
+                "memory was lost: a file was cut short while mapped"
             );
         }
-        self.port.set_connected(false);
+        self.port.vacate();
+    }
+
+    /// Whether to log another refusal: the front-end decides how many there are, and the log is everybody's.
+    fn is_worth_a_line(&self) -> bool {
+        let before = self.refusals.fetch_add(1, Ordering::Relaxed);
+        before < 20 || before.is_power_of_two()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Occupant for Session {
+    fn device_needs_reset(&self) {
+        let mut state = self.state();
+        if let Err(error) = self.reset_device(&mut state) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(
+                port = self.port.name(),
+                error,
+                "the device did not come back from its reset"
+            );
+        }
     }
 }

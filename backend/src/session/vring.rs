@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use queues::lane::{LaneSetup, MissingMemory, Stopped};
+use queues::lane::{LaneSetup, MissingMemory};
 use queues::net_header;
 use queues::virtq::{Virtq, WakeUps};
 use vfio_glue::address::FrontendAddress;
@@ -81,6 +81,9 @@ impl Session {
     }
 
     fn start(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+        if self.port.is_stuck() {
+            self.port.reset()?;
+        }
         let Some(setup) = self.lane_setup(state, index)? else {
             return Ok(());
         };
@@ -179,57 +182,43 @@ impl Session {
     /// Stops the lane of virtqueue `index`, if it runs. When this returns without an error, neither we nor the card
     /// touch the guest's memory for it.
     pub(super) fn stop(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
-        let stopped = self.halt(state, index)?;
-        match stopped {
-            Some(Err(error)) => {
-                tracing::error!(port = self.port.name(), %error, "only a reset ends the card's DMA");
-                self.reset_device(state)
-            }
-            _ => Ok(()),
+        self.halt(state, index)?;
+        if self.port.is_stuck() {
+            self.reset_device(state)
+        } else {
+            Ok(())
         }
     }
 
-    /// Stops all lanes. After an error the card may still write.
+    /// Stops all lanes. After an error the card may still use the guest's memory.
     pub(super) fn stop_all(&self, state: &mut State) -> Result<(), SessionError> {
-        let mut stuck = false;
         for index in 0..state.vrings.len() {
-            stuck |= matches!(self.halt(state, index)?, Some(Err(_)));
+            self.halt(state, index)?;
         }
-        if stuck {
+        if self.port.is_stuck() {
             self.port.reset()?;
         }
         Ok(())
     }
 
-    /// Stops one lane and keeps its place; the inner error is the card's.
-    fn halt(
-        &self,
-        state: &mut State,
-        index: usize,
-    ) -> Result<Option<Result<(), queues::nic::NicError>>, SessionError> {
+    /// Stops one lane and keeps its place. Whether the card's queue stopped, the port knows.
+    fn halt(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
         let Some(vring) = state.vrings.get_mut(index).filter(|vring| vring.runs) else {
-            return Ok(None);
+            return Ok(());
         };
         vring.runs = false;
-        let Some(Stopped { first_unused, card }) = self.port.stop_lane(index)? else {
-            return Ok(None);
-        };
-        vring.base = first_unused;
-        Ok(Some(card))
+        if let Some(first_unused) = self.port.stop_lane(index)? {
+            vring.base = first_unused;
+        }
+        Ok(())
     }
 
     /// The one way out of a card that will not stop: all lanes stop, the device is reset, those that ran run again.
-    fn reset_device(&self, state: &mut State) -> Result<(), SessionError> {
-        let ran: Vec<usize> = (0..state.vrings.len())
-            .filter(|index| state.vrings[*index].runs)
-            .collect();
-        for index in &ran {
-            self.halt(state, *index)?;
+    pub(super) fn reset_device(&self, state: &mut State) -> Result<(), SessionError> {
+        for index in 0..state.vrings.len() {
+            self.halt(state, index)?;
         }
         self.port.reset()?;
-        for index in ran {
-            self.settle(state, index)?;
-        }
-        Ok(())
+        self.settle_all(state)
     }
 }

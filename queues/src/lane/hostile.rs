@@ -105,7 +105,6 @@ fn run(attack: &Attack, make: impl FnOnce(LaneSetup, FakeRing, Berth<FakeRing>) 
         check_posted(&guest, &wire);
         finish_some(&guest, &wire);
         lane.arm();
-        lane.disarm();
     }
     let offered = attack.offers.len();
     let stopped = lane.stop();

@@ -17,13 +17,14 @@ mod stats;
 mod tx;
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::Table;
 
+use self::bounce::Slots;
 pub use rx::RxLane;
 pub use stats::{Bounce, Counter, Drop, LaneStats};
 pub use tx::TxLane;
@@ -89,7 +90,24 @@ pub struct Stopped {
     /// The first entry of the virtqueue that was not used: the base to resume from.
     pub first_unused: u16,
     /// An error means the card's queue did not stop: reset the device before anything else happens to memory.
-    pub card: Result<(), NicError>,
+    pub card: Result<(), Stuck>,
+}
+
+/// A card's queue that did not stop, and the memory of ours that it may still use.
+#[derive(Debug, thiserror::Error)]
+#[error("the card's queue did not stop")]
+pub struct Stuck {
+    /// Why.
+    pub source: NicError,
+    /// Stays mapped for as long as this lives: until the device has been reset.
+    slots: Slots,
+}
+
+impl Stopped {
+    fn new(first_unused: u16, card: Result<(), NicError>, slots: Slots) -> Self {
+        let card = card.map_err(|source| Stuck { source, slots });
+        Self { first_unused, card }
+    }
 }
 
 /// A lane as a worker drives it.
@@ -98,13 +116,12 @@ pub trait Lane: Send {
     fn name(&self) -> &str;
 
     /// Moves up to a burst of frames and completes what the card is done with. Never blocks.
+    ///
+    /// A lane that moves something is polled again, so it asks for no wake-ups until it is armed anew.
     fn poll(&mut self) -> Progress;
 
     /// Asks guest and card to wake us. Returns whether there is work already: then do not sleep.
     fn arm(&mut self) -> bool;
-
-    /// Back to polling.
-    fn disarm(&mut self);
 
     /// The guest's kick, if it has one.
     fn kick_fd(&self) -> Option<BorrowedFd<'_>>;
@@ -136,9 +153,12 @@ pub trait Lane: Send {
 
     /// The cable was plugged in or out.
     ///
+    /// Blocks for a bounded time.
+    ///
     /// # Errors
     ///
-    /// [`NicError`] if the card's queue did not stop or start; the lane is retired then.
+    /// [`NicError`] if the card's queue did not stop or start, as is usual without a cable and with frames in it. The
+    /// lane is as before, and the device must be reset.
     fn set_link(&mut self, up: bool) -> Result<(), NicError>;
 
     /// Stops the card's queue, gives the guest what was completed, and ends the lane.
@@ -161,6 +181,8 @@ struct GuestEnd {
     stats: Arc<LaneStats>,
     map: Arc<MemoryMap>,
     missing_memory: MissingMemory,
+    /// A chain waits for memory; only a command brings it.
+    waits_for_memory: bool,
     retired: bool,
 }
 
@@ -177,6 +199,7 @@ impl GuestEnd {
             stats: setup.stats,
             map: setup.map,
             missing_memory: setup.missing_memory,
+            waits_for_memory: false,
             retired: false,
         }
     }
@@ -198,17 +221,21 @@ impl GuestEnd {
         }
     }
 
-    /// Retires the lane, says so once, and tells the front-end.
+    /// Retires the lane, says so, and tells the front-end. A guest that breaks its ring over and over is logged ever
+    /// more rarely.
     fn retire(&mut self, why: &dyn std::error::Error) {
         if std::mem::replace(&mut self.retired, true) {
             return;
         }
         self.stats.errors.add(1);
-        let cause = why
-            .source()
-            .map(|source| format!(": {source}"))
-            .unwrap_or_default();
-        tracing::error!(lane = self.name, "retired: {why}{cause}");
+        let times = self.stats.errors.get();
+        if times < 10 || times.is_power_of_two() {
+            let cause = why
+                .source()
+                .map(|source| format!(": {source}"))
+                .unwrap_or_default();
+            tracing::error!(lane = self.name, times, "retired: {why}{cause}");
+        }
         if let Some(err) = &mut self.err {
             // Nobody may be listening, and the log line stands.
             let _ = err.write(&1u64.to_ne_bytes());
@@ -219,7 +246,10 @@ impl GuestEnd {
     #[inline]
     fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
         match self.virtq.pop(&self.table, chain) {
-            Err(VirtqError::Chain { source, .. }) if self.awaits(&source) => Ok(None),
+            Err(VirtqError::Chain { source, .. }) if self.awaits(&source) => {
+                self.waits_for_memory = true;
+                Ok(None)
+            }
             popped => popped,
         }
     }
@@ -228,6 +258,7 @@ impl GuestEnd {
     #[cold]
     fn put_back_or_break(&mut self, head: u16, source: ChainError) -> Result<(), VirtqError> {
         if self.awaits(&source) {
+            self.waits_for_memory = true;
             self.virtq.untake();
             return Ok(());
         }
@@ -248,16 +279,18 @@ impl GuestEnd {
         Progress::Retired
     }
 
-    fn take_kick(&mut self) {
-        let Some(kick) = &mut self.kick else { return };
-        // EAGAIN: the front-end drained it itself; the wake-up counts all the same.
-        if kick.read(&mut [0; 8]).is_ok() {
-            self.stats.kicks.add(1);
-        }
-    }
-
     fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
         self.kick.as_ref().map(AsFd::as_fd)
+    }
+
+    fn set_table(&mut self, table: Arc<Table>) {
+        self.table = table;
+        self.waits_for_memory = false;
+    }
+
+    fn set_missing_memory(&mut self, meaning: MissingMemory) {
+        self.missing_memory = meaning;
+        self.waits_for_memory = false;
     }
 
     fn set_call(&mut self, call: Option<File>) {

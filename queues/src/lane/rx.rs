@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vfio_glue::address::{GuestAddress, Iova};
 use vfio_glue::memory::{HostSlice, Table, TableHint};
 
-use super::bounce::{SLOT_BYTES, Slot, Slots};
+use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
 use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
@@ -34,7 +34,7 @@ const BURST: usize = 32;
 #[derive(Debug)]
 pub struct RxLane<R: RxRing> {
     guest: GuestEnd,
-    ring: Option<R>,
+    ring: R,
     berth: Berth<R>,
     chain: Chain,
     hint: TableHint,
@@ -95,7 +95,7 @@ impl<R: RxRing> RxLane<R> {
             slots: Slots::new(&setup.name, slots),
             link_up: setup.link_up,
             guest: GuestEnd::new(setup),
-            ring: Some(ring),
+            ring,
             berth,
             chain: Chain::with_room_for(size),
             hint: TableHint::default(),
@@ -107,126 +107,106 @@ impl<R: RxRing> RxLane<R> {
         Ok(lane)
     }
 
-    /// Posts the guest's buffers while the card has room. Returns how many.
+    /// Posts the guest's buffers while the card has room, up to two bursts. Returns how many.
     fn refill(&mut self) -> Result<usize, VirtqError> {
-        let mut posted = 0;
-        while self.ring.as_ref().is_some_and(|ring| ring.room() > 0) {
+        for posted in 0..2 * BURST {
+            if self.ring.room() == 0 {
+                return Ok(posted);
+            }
             let Some(head) = self.guest.pop(&mut self.chain)? else {
-                break;
+                return Ok(posted);
             };
             let target = match self.aim() {
                 Ok(target) => target,
                 Err(error) => return self.guest.put_back_or_break(head, error).map(|()| posted),
             };
             let Some((iova, kind)) = self.prepare(target) else {
-                // No memory for a slot: the chain keeps its turn and is tried again later.
+                // No slot: the chain keeps its turn. One is coming, or `poll` finds that none ever will.
                 self.guest.virtq.untake();
-                break;
+                return Ok(posted);
             };
-            if let Some(ring) = &mut self.ring {
-                ring.post(iova);
-            }
+            self.ring.post(iova);
             self.posted.push_back(Buffers { head, kind });
-            posted += 1;
         }
-        Ok(posted)
+        Ok(2 * BURST)
     }
 
-    /// Decides where the frame of the current chain may land. All of the chain is checked to be guest memory.
+    /// Decides where the frame of the current chain may land. Every buffer that a frame may reach is checked to be guest
+    /// memory, all of it; buffers behind those are never touched.
     #[inline]
     fn aim(&mut self) -> Result<Target, ChainError> {
         if !self.chain.readable().is_empty() {
             return Err(ChainError::Direction);
         }
         let header_len = self.guest.header_len;
-        let need = self.ring.as_ref().map_or(0, R::buffer_bytes);
-        // The usual chain: one buffer with header and frame, or a header buffer and a frame buffer.
+        let whole = header_len + self.ring.buffer_bytes();
+        // The usual chain: header and frame in one buffer, in one piece.
         if let [first, ..] = self.chain.writable()
-            && first.len > header_len
-            && let Some(piece) = self
-                .guest
-                .table
-                .lookup(&mut self.hint, first.addr, header_len + need)
-            && first.len >= header_len + need
-            && piece.len() == (header_len + need) as usize
+            && first.len >= whole
+            && let Some(piece) = self.guest.table.lookup(&mut self.hint, first.addr, first.len)
+            && piece.len() == first.len as usize
         {
             let iova = piece.iova.offset(u64::from(header_len));
-            let header = Some(first.addr);
-            self.check_rest(header_len + need)?;
-            return Ok(Target::InPlace { iova, header });
+            return Ok(Target::InPlace {
+                iova,
+                header: Some(first.addr),
+            });
         }
-        self.aim_odd(header_len, need)
+        self.aim_odd(header_len, whole - header_len)
     }
 
-    /// The rest of the chain must be guest memory too, though no byte of it will be used.
-    #[inline]
-    fn check_rest(&mut self, first_checked: u32) -> Result<(), ChainError> {
-        for (index, buffer) in self.chain.writable().iter().enumerate() {
-            if index == 0 && buffer.len == first_checked {
-                continue;
-            }
-            if !is_memory(&self.guest.table, &mut self.hint, buffer.addr, buffer.len) {
-                return Err(ChainError::Memory {
-                    start: buffer.addr.0,
-                    len: buffer.len,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    #[cold]
+    /// As [`aim`](Self::aim), for chains of several buffers or pieces. The work is bounded by the bytes of the longest
+    /// frame.
     fn aim_odd(&mut self, header_len: u32, need: u32) -> Result<Target, ChainError> {
-        self.check_rest(0)?;
-        let total: u64 = self
-            .chain
-            .writable()
-            .iter()
-            .map(|buffer| u64::from(buffer.len))
-            .sum();
-        if total < u64::from(header_len) {
+        let table = &self.guest.table;
+        let mut header_left = header_len;
+        let mut header = None;
+        let mut frame_left = need;
+        let mut frame_at = None;
+        for buffer in self.chain.writable() {
+            let in_header = header_left.min(buffer.len);
+            let in_frame = frame_left.min(buffer.len - in_header);
+            if !is_memory(table, &mut self.hint, buffer.addr, buffer.len) {
+                let (start, len) = (buffer.addr.0, buffer.len);
+                return Err(ChainError::Memory { start, len });
+            }
+            if in_header == header_len {
+                let piece = table.lookup(&mut self.hint, buffer.addr, header_len);
+                header = piece
+                    .filter(|piece| piece.len() == header_len as usize)
+                    .map(|_| buffer.addr);
+            }
+            if frame_at.is_none() && in_frame > 0 {
+                let start = GuestAddress(buffer.addr.0.wrapping_add(u64::from(in_header)));
+                let piece = table.lookup(&mut self.hint, start, in_frame);
+                frame_at = Some(
+                    piece
+                        .filter(|piece| piece.len() == need as usize)
+                        .map(|piece| piece.iova),
+                );
+            }
+            header_left -= in_header;
+            frame_left -= in_frame;
+            if header_left + frame_left == 0 {
+                break;
+            }
+        }
+        if header_left > 0 {
+            let len = u64::from(header_len - header_left);
             return Err(ChainError::NoHeader {
-                len: total,
+                len,
                 header: header_len,
             });
         }
-        // The frame starts after `header_len` bytes, wherever that is.
-        let mut skip = header_len;
-        let mut at = None;
-        for buffer in self.chain.writable() {
-            if skip < buffer.len {
-                at = Some((buffer.addr.0.wrapping_add(u64::from(skip)), buffer.len - skip));
-                break;
-            }
-            skip -= buffer.len;
-        }
-        let why = if total < u64::from(header_len) + u64::from(need) {
-            Bounce::ShortBuffer
-        } else {
-            Bounce::SplitBuffer
-        };
-        let Some((start, len)) = at.filter(|(_, len)| *len >= need) else {
-            return Ok(Target::Slot { why });
-        };
-        match self
-            .guest
-            .table
-            .lookup(&mut self.hint, GuestAddress(start), len.min(need))
-        {
-            Some(piece) if piece.len() == need as usize => {
-                let first = self.chain.writable().first();
-                let header = first
-                    .filter(|first| first.len >= header_len)
-                    .map(|first| first.addr);
-                Ok(Target::InPlace {
-                    iova: piece.iova,
-                    header,
-                })
-            }
-            _ => Ok(Target::Slot {
+        Ok(match frame_at {
+            Some(Some(iova)) => Target::InPlace { iova, header },
+            _ if frame_left > 0 => Target::Slot {
+                why: Bounce::ShortBuffer,
+            },
+            _ => Target::Slot {
                 why: Bounce::SplitBuffer,
-            }),
-        }
+            },
+        })
     }
 
     #[inline]
@@ -242,11 +222,8 @@ impl<R: RxRing> RxLane<R> {
             }
             Target::Slot { why } => {
                 let slot = match self.slots.take(&self.guest.map) {
-                    Ok(slot) => slot?,
-                    Err(error) => {
-                        tracing::warn!(lane = self.guest.name, %error, "no bounce memory, receive buffers wait");
-                        return None;
-                    }
+                    Taking::Slot(slot) => slot,
+                    Taking::NotYet | Taking::Never => return None,
                 };
                 let buffers = self.list_of_chain();
                 Some((slot.iova, Kind::Bounced { slot, buffers, why }))
@@ -264,7 +241,7 @@ impl<R: RxRing> RxLane<R> {
     /// Passes on what the card has received, up to `most` frames. Returns how many chains were given back.
     fn deliver(&mut self, most: usize) -> usize {
         for given in 0..most {
-            let Some(received) = self.ring.as_mut().and_then(RxRing::harvest) else {
+            let Some(received) = self.ring.harvest() else {
                 return given;
             };
             let Some(Buffers { head, kind }) = self.posted.pop_front() else {
@@ -281,10 +258,7 @@ impl<R: RxRing> RxLane<R> {
     fn finish(&mut self, kind: Kind, received: Received) -> u32 {
         let header_len = self.guest.header_len;
         // What the card reports is not believed either: more than it was given room for is no frame.
-        let fits = self
-            .ring
-            .as_ref()
-            .is_some_and(|ring| received.len <= ring.buffer_bytes());
+        let fits = received.len <= self.ring.buffer_bytes();
         let good = received.verdict == Verdict::Good && fits;
         if !good {
             self.guest.stats.drop_frame(Drop::Damaged);
@@ -341,9 +315,9 @@ impl<R: RxRing> RxLane<R> {
     fn count_in_place(&self, len: u32) {
         let stats = &self.guest.stats;
         stats.moved(len);
-        match self.ring.as_ref().map(R::transfer) {
-            Some(Transfer::Copy) => stats.bounce(Bounce::CopyDevice, len),
-            _ => stats.zero_copy_frames.add(1),
+        match self.ring.transfer() {
+            Transfer::Dma => stats.zero_copy_frames.add(1),
+            Transfer::Copy => stats.bounce(Bounce::CopyDevice, len),
         }
     }
 
@@ -397,26 +371,19 @@ impl<R: RxRing> RxLane<R> {
         }
     }
 
-    /// Stops the card's queue, passes on what it completed, takes the rest back.
+    /// Stops the card's queue, passes on what it completed, takes the rest back. After an error the card may still
+    /// write, so nothing of what it holds is forgotten.
     fn quiesce(&mut self) -> Result<(), NicError> {
-        let Some(ring) = &mut self.ring else { return Ok(()) };
-        let card = ring.stop();
+        let stopped = self.ring.stop();
         self.deliver(usize::from(u16::MAX));
-        if let Some(ring) = &mut self.ring {
-            ring.clear();
-        }
-        for buffers in std::mem::take(&mut self.posted) {
-            match buffers.kind {
-                Kind::InPlace { .. } => {}
-                Kind::OddHeader { buffers } => self.spare_lists.push(buffers),
-                Kind::Bounced { slot, buffers, .. } => {
-                    self.slots.put_back(&slot);
-                    self.spare_lists.push(buffers);
-                }
-            }
-        }
-        self.guest.virtq.rewind();
-        card
+        stopped?;
+        self.ring.clear();
+        Ok(())
+    }
+
+    fn disarm(&mut self) {
+        self.ring.disarm();
+        self.guest.virtq.refuse_kicks();
     }
 }
 
@@ -431,17 +398,24 @@ impl<R: RxRing> Lane for RxLane<R> {
         }
         let given = self.deliver(BURST);
         let posted = self.refill();
-        if let Some(ring) = &mut self.ring {
-            ring.flush();
-        }
+        self.ring.flush();
         if given > 0 {
             self.guest.publish();
             self.guest.stats.bursts.add(1);
         }
         match posted {
             Err(error) => self.guest.retire_broken(&error),
-            Ok(posted) if given + posted > 0 => Progress::Moved,
-            Ok(_) => Progress::Idle,
+            Ok(posted) if given + posted > 0 => {
+                self.disarm();
+                Progress::Moved
+            }
+            Ok(_) => match self.slots.failure() {
+                Some(error) => {
+                    self.guest.retire(&error);
+                    Progress::Retired
+                }
+                None => Progress::Idle,
+            },
         }
     }
 
@@ -449,33 +423,24 @@ impl<R: RxRing> Lane for RxLane<R> {
         if self.guest.retired {
             return false;
         }
+        self.ring.arm();
         // Kicks matter only while the card has room for more buffers (TRAPS 44).
-        let hungry = self.ring.as_ref().is_some_and(|ring| ring.room() > 0);
-        if hungry {
-            match self.guest.virtq.ask_for_kicks() {
-                Ok(true) => return true,
-                Ok(false) => {}
+        let mut more = false;
+        if self.ring.room() > 0 {
+            more = match self.guest.virtq.ask_for_kicks() {
+                Ok(more) => more,
                 Err(error) => {
                     self.guest.retire_broken(&error);
                     return false;
                 }
-            }
-        }
-        if let Some(ring) = &mut self.ring {
-            ring.arm();
+            };
         }
         let given = self.deliver(BURST);
         if given > 0 {
             self.guest.publish();
         }
-        given > 0
-    }
-
-    fn disarm(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            ring.disarm();
-        }
-        self.guest.virtq.refuse_kicks();
+        // Memory that is awaited comes with a command.
+        given > 0 || self.slots.is_awaited() || (more && !self.guest.waits_for_memory)
     }
 
     fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -483,15 +448,15 @@ impl<R: RxRing> Lane for RxLane<R> {
     }
 
     fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.as_ref().and_then(R::wake_fd)
+        self.ring.wake_fd()
     }
 
     fn take_kick(&mut self) {
-        self.guest.take_kick();
+        self.guest.stats.kicks.add(1);
     }
 
     fn take_interrupt(&mut self) {
-        let count = self.ring.as_mut().map_or(0, R::acknowledge);
+        let count = self.ring.acknowledge();
         self.guest.stats.interrupts.add(count);
     }
 
@@ -508,12 +473,12 @@ impl<R: RxRing> Lane for RxLane<R> {
     }
 
     fn set_table(&mut self, table: Arc<Table>) {
-        self.guest.table = table;
+        self.guest.set_table(table);
         self.hint = TableHint::default();
     }
 
     fn set_missing_memory(&mut self, meaning: MissingMemory) {
-        self.guest.missing_memory = meaning;
+        self.guest.set_missing_memory(meaning);
     }
 
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
@@ -525,13 +490,15 @@ impl<R: RxRing> Lane for RxLane<R> {
     fn stop(mut self: Box<Self>) -> Stopped {
         let card = self.quiesce();
         self.guest.publish();
-        if let Some(ring) = self.ring.take() {
-            self.berth.put(ring);
-        }
-        Stopped {
-            first_unused: self.guest.virtq.first_unused(),
-            card,
-        }
+        let Self {
+            guest,
+            ring,
+            berth,
+            slots,
+            ..
+        } = *self;
+        berth.put(ring);
+        Stopped::new(guest.virtq.first_unused(), card, slots)
     }
 }
 
@@ -576,6 +543,14 @@ mod tests {
 
         fn posted(&self) -> Vec<Iova> {
             self.wire.lock().unwrap().posted.iter().copied().collect()
+        }
+
+        /// Polls until the card has `buffers` buffers: slots are mapped by another thread.
+        fn poll_until_posted(&mut self, buffers: usize) {
+            while self.posted().len() < buffers {
+                assert_ne!(self.lane.poll(), Progress::Retired);
+                std::thread::yield_now();
+            }
         }
 
         fn receive(&self, frame: &[u8]) {
@@ -641,7 +616,7 @@ mod tests {
         let mut bench = Bench::of_size(8);
         bench.offer(0, &[(BUFFER, 1529)]);
         bench.offer(1, &[(BUFFER + 0x1000, 1530)]);
-        bench.lane.poll();
+        bench.poll_until_posted(2);
         let first = bench.posted()[0];
         assert_ne!(
             first,
@@ -663,7 +638,7 @@ mod tests {
         let mut bench = Bench::of_size(8);
         bench.guest.write(BUFFER, &[0xaa; 300]);
         bench.offer(0, &[(BUFFER, 112)]);
-        bench.lane.poll();
+        bench.poll_until_posted(1);
         bench.receive(&frame(101));
         bench.lane.poll();
         assert_eq!(bench.guest.used(), vec![(0, 0)]);
@@ -679,7 +654,7 @@ mod tests {
     fn a_buffer_over_two_regions_gets_a_slot() {
         let mut bench = Bench::of_size(8);
         bench.offer(0, &[(SECOND - 100, 1600)]);
-        bench.lane.poll();
+        bench.poll_until_posted(1);
         bench.receive(&frame(500));
         bench.lane.poll();
         assert_eq!(bench.guest.used(), vec![(0, 512)]);
@@ -715,7 +690,7 @@ mod tests {
             (vec![(BUFFER, 11)], WRITE),
             (vec![(BUFFER, 2000)], 0),
             (vec![(16, 2000)], WRITE),
-            (vec![(BUFFER, 1530), (16, 10)], WRITE),
+            (vec![(BUFFER, 1529), (16, 10)], WRITE),
             (vec![(SECOND + crate::testing::LEN - 100, 1530)], WRITE),
         ] {
             let mut bench = Bench::of_size(8);
@@ -742,6 +717,35 @@ mod tests {
     }
 
     #[test]
+    fn without_slots_a_buffer_that_needs_one_retires_the_lane() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.fill_the_map();
+        bench.offer(0, &[(BUFFER, 100)]);
+        while bench.lane.poll() != Progress::Retired {
+            std::thread::yield_now();
+        }
+        assert_eq!(bench.stats.errors.get(), 1);
+    }
+
+    #[test]
+    fn a_header_over_two_regions_is_written_in_both() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(SECOND - 5, 1530)]);
+        bench.lane.poll();
+        assert_eq!(
+            bench.posted(),
+            vec![bench.guest.iova(SECOND + 7)],
+            "the frame itself is in one piece"
+        );
+        bench.receive(&frame(60));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 72)]);
+        assert_eq!(bench.guest.read(SECOND - 5, 5), HEADER[..5]);
+        assert_eq!(bench.guest.read(SECOND, 7), HEADER[5..]);
+        assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
     fn trap_17_a_buffer_whose_memory_is_awaited_keeps_its_place() {
         let mut bench = Bench::of_size(8);
         bench.lane.set_missing_memory(MissingMemory::IsAwaited);
@@ -759,7 +763,7 @@ mod tests {
         let mut bench = Bench::of_size(4);
         for round in 0..20u16 {
             bench.offer(round % 4, &[(BUFFER, 500)]);
-            bench.lane.poll();
+            bench.poll_until_posted(1);
             bench.receive(&frame(60));
             bench.lane.poll();
             assert_eq!(bench.guest.used_idx(), round + 1);

@@ -16,9 +16,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vfio_glue::address::GuestAddress;
-use vfio_glue::memory::{Table, TableHint};
+use vfio_glue::memory::{HostSlice, Table, TableHint};
 
-use super::bounce::{SLOT_BYTES, Slot, Slots};
+use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::stats::{Bounce, Drop};
 use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
@@ -38,7 +38,7 @@ const SLOTS: u16 = 64;
 #[derive(Debug)]
 pub struct TxLane<R: TxRing> {
     guest: GuestEnd,
-    ring: Option<R>,
+    ring: R,
     berth: Berth<R>,
     chain: Chain,
     hint: TableHint,
@@ -59,11 +59,11 @@ struct Taken {
 #[derive(Debug)]
 enum State {
     /// With the card, in the guest's memory.
-    InPlace,
+    InPlace { len: u32 },
     /// With the card, in a slot of ours.
-    InSlot(Slot),
-    /// Not with the card: it is given back when its turn comes.
-    Dropped,
+    InSlot { slot: Slot, len: u32, why: Bounce },
+    /// Not with the card: it is given back, as lost, when its turn comes.
+    Lost(Drop),
 }
 
 /// What a chain turned out to be.
@@ -95,7 +95,7 @@ impl<R: TxRing> TxLane<R> {
             max_frame: setup.max_frame,
             link_up: setup.link_up,
             guest: GuestEnd::new(setup),
-            ring: Some(ring),
+            ring,
             berth,
             chain: Chain::with_room_for(size),
             hint: TableHint::default(),
@@ -109,32 +109,50 @@ impl<R: TxRing> TxLane<R> {
 
     /// Gives back what the card is done with. Returns how many chains.
     fn complete(&mut self) -> usize {
-        let mut done = self.ring.as_mut().map_or(0, TxRing::reap);
+        let mut done = self.ring.reap();
         let mut given = 0;
         while let Some(oldest) = self.taken.front() {
-            match oldest.state {
-                State::Dropped => {}
+            match &oldest.state {
+                State::Lost(_) => {}
                 _ if done == 0 => break,
                 _ => done -= 1,
             }
             let Some(oldest) = self.taken.pop_front() else {
                 break;
             };
-            if let State::InSlot(slot) = &oldest.state {
-                self.slots.put_back(slot);
-            }
+            self.count(&oldest.state);
             self.guest.virtq.give(oldest.head, 0);
             given += 1;
         }
         given
     }
 
+    /// Counts a frame that has come to its end, and takes its slot back.
+    #[inline]
+    fn count(&mut self, state: &State) {
+        let stats = &self.guest.stats;
+        match state {
+            State::InPlace { len } => {
+                stats.moved(*len);
+                match self.ring.transfer() {
+                    Transfer::Dma => stats.zero_copy_frames.add(1),
+                    Transfer::Copy => stats.bounce(Bounce::CopyDevice, *len),
+                }
+            }
+            State::InSlot { slot, len, why } => {
+                stats.moved(*len);
+                stats.bounce(*why, *len);
+                self.slots.put_back(slot);
+            }
+            State::Lost(why) => stats.drop_frame(*why),
+        }
+    }
+
     /// Takes up to a burst of chains and posts them. Returns how many.
     fn take(&mut self) -> Result<usize, VirtqError> {
         for taken in 0..BURST {
             // Reserved before it is taken: a chain we pop always has somewhere to go.
-            let Some(ring) = &self.ring else { return Ok(taken) };
-            if ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame) {
+            if !self.has_room() {
                 return Ok(taken);
             }
             let Some(head) = self.guest.pop(&mut self.chain)? else {
@@ -145,22 +163,32 @@ impl<R: TxRing> TxLane<R> {
                 Err(error) => return self.guest.put_back_or_break(head, error).map(|()| taken),
             };
             let state = match frame {
-                Frame::Lost(why) => {
-                    self.guest.stats.drop_frame(why);
-                    State::Dropped
-                }
+                Frame::Lost(why) => State::Lost(why),
                 Frame::InPlace { len } => {
-                    self.post_in_place(len);
-                    State::InPlace
+                    self.ring.post(&self.segments);
+                    State::InPlace { len }
                 }
-                Frame::Copy { len, why } => self.post_copy(len, why),
+                Frame::Copy { len, why } => match self.post_copy(len, why) {
+                    Some(state) => state,
+                    None => {
+                        self.guest.virtq.untake();
+                        return Ok(taken);
+                    }
+                },
             };
             self.taken.push_back(Taken { head, state });
         }
         Ok(BURST)
     }
 
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.ring.room() >= self.ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame)
+    }
+
     /// Turns the chain into segments, all of them checked to be guest memory.
+    ///
+    /// The work is bounded by the bytes of the longest frame: the buffer that goes beyond is the last one looked at.
     #[inline]
     fn translate(&mut self) -> Result<Frame, ChainError> {
         self.segments.clear();
@@ -173,25 +201,26 @@ impl<R: TxRing> TxLane<R> {
         for buffer in self.chain.readable() {
             let skipped = skip.min(buffer.len);
             skip -= skipped;
-            let mut rest = buffer.len - skipped;
-            let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
-            // Even bytes that are not sent must be guest memory: else the chain is broken, not the frame.
+            // Header bytes are not sent, but they must be guest memory: else the chain is broken, not the frame.
             if skipped > 0 && !is_memory(&self.guest.table, &mut self.hint, buffer.addr, skipped) {
                 return Err(outside(buffer));
             }
+            let mut rest = buffer.len - skipped;
+            let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
             len = len.saturating_add(rest);
+            if len > self.max_frame {
+                if !is_memory(&self.guest.table, &mut self.hint, buffer.addr, buffer.len) {
+                    return Err(outside(buffer));
+                }
+                return Ok(Frame::Lost(Drop::Oversize));
+            }
             while rest > 0 {
-                let piece = self
-                    .guest
-                    .table
-                    .lookup(&mut self.hint, GuestAddress(at), rest)
-                    .ok_or(outside(buffer))?;
+                let piece = self.guest.table.lookup(&mut self.hint, GuestAddress(at), rest);
+                let piece = piece.ok_or(outside(buffer))?;
                 let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
                 if self.segments.len() < R::MAX_SEGMENTS {
-                    self.segments.push(Segment {
-                        iova: piece.iova,
-                        len: piece_len,
-                    });
+                    let iova = piece.iova;
+                    self.segments.push(Segment { iova, len: piece_len });
                 } else {
                     fits = false;
                 }
@@ -201,77 +230,50 @@ impl<R: TxRing> TxLane<R> {
         }
         if skip > 0 {
             let header = self.guest.header_len;
-            return Err(ChainError::NoHeader {
-                len: u64::from(header - skip),
-                header,
-            });
+            let len = u64::from(header - skip);
+            return Err(ChainError::NoHeader { len, header });
         }
         Ok(match len {
             _ if !self.link_up => Frame::Lost(Drop::LinkDown),
             0..RUNT => Frame::Lost(Drop::Runt),
-            RUNT..PADDED => Frame::Copy {
-                len,
-                why: Bounce::ShortFrame,
-            },
-            _ if len > self.max_frame => Frame::Lost(Drop::Oversize),
-            _ if !fits => Frame::Copy {
-                len,
-                why: Bounce::ManySegments,
-            },
+            RUNT..PADDED => {
+                let why = Bounce::ShortFrame;
+                Frame::Copy { len, why }
+            }
+            _ if !fits => {
+                let why = Bounce::ManySegments;
+                Frame::Copy { len, why }
+            }
             _ => Frame::InPlace { len },
         })
     }
 
-    #[inline]
-    fn post_in_place(&mut self, len: u32) {
-        let Some(ring) = &mut self.ring else { return };
-        ring.post(&self.segments);
-        let stats = &self.guest.stats;
-        stats.moved(len);
-        match ring.transfer() {
-            Transfer::Dma => stats.zero_copy_frames.add(1),
-            Transfer::Copy => stats.bounce(Bounce::CopyDevice, len),
+    /// Copies a frame into a slot of ours and posts that. `None` if it has to wait for a slot; a frame for which no
+    /// slot can be had is lost.
+    #[cold]
+    fn post_copy(&mut self, len: u32, why: Bounce) -> Option<State> {
+        if len > SLOT_BYTES {
+            return Some(State::Lost(Drop::Oversize));
         }
-    }
-
-    /// Copies a frame into a slot of ours and posts that. Without a free slot the frame is lost, as on a card
-    /// whose buffer is full.
-    fn post_copy(&mut self, len: u32, why: Bounce) -> State {
         let slot = match self.slots.take(&self.guest.map) {
-            Ok(Some(slot)) if len <= SLOT_BYTES => slot,
-            Ok(slot) => {
-                if let Some(slot) = slot {
-                    self.slots.put_back(&slot);
-                }
-                self.guest.stats.drop_frame(Drop::NoRoom);
-                return State::Dropped;
-            }
-            Err(error) => {
-                tracing::warn!(lane = self.guest.name, %error, "no bounce memory, a frame is dropped");
-                self.guest.stats.drop_frame(Drop::NoRoom);
-                return State::Dropped;
-            }
+            Taking::Slot(slot) => slot,
+            Taking::NotYet => return None,
+            Taking::Never => return Some(State::Lost(Drop::NoRoom)),
         };
         let sent = len.max(PADDED_TO.min(self.max_frame));
         if let Some(bytes) = self.slots.bytes(&slot) {
             let copied = self.gather(&bytes);
-            if let Some(padding) = bytes.sub(copied, sent as usize - copied.min(sent as usize)) {
+            if let Some(padding) = bytes.sub(copied, (sent as usize).saturating_sub(copied)) {
                 padding.copy_from(&[0; PADDED_TO as usize]);
             }
         }
-        if let Some(ring) = &mut self.ring {
-            ring.post(&[Segment {
-                iova: slot.iova,
-                len: sent,
-            }]);
-        }
-        self.guest.stats.moved(len);
-        self.guest.stats.bounce(why, len);
-        State::InSlot(slot)
+        let iova = slot.iova;
+        self.ring.post(&[Segment { iova, len: sent }]);
+        Some(State::InSlot { slot, len, why })
     }
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
-    fn gather(&self, into: &vfio_glue::memory::HostSlice<'_>) -> usize {
+    fn gather(&self, into: &HostSlice<'_>) -> usize {
         let mut hint = self.hint;
         let mut skip = self.guest.header_len;
         let mut copied = 0;
@@ -281,10 +283,9 @@ impl<R: TxRing> TxLane<R> {
             let mut rest = buffer.len - skipped;
             let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
             while rest > 0 {
-                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), rest) else {
-                    return copied;
-                };
-                let Some(target) = into.sub(copied, into.len() - copied) else {
+                let piece = self.guest.table.lookup(&mut hint, GuestAddress(at), rest);
+                let target = into.sub(copied, into.len() - copied);
+                let (Some(piece), Some(target)) = (piece, target) else {
                     return copied;
                 };
                 copied += target.copy_from_slice(piece.host);
@@ -296,48 +297,40 @@ impl<R: TxRing> TxLane<R> {
         copied
     }
 
-    /// Stops the card's queue, gives back what it completed, and forgets the rest of what it held.
+    /// Stops the card's queue and gives back what it completed. After an error the card may still read what it
+    /// holds, so nothing of that is forgotten.
     fn quiesce(&mut self) -> Result<(), NicError> {
-        let Some(ring) = &mut self.ring else { return Ok(()) };
-        let card = ring.stop();
+        let stopped = self.ring.stop();
         self.complete();
-        if let Some(ring) = &mut self.ring {
-            ring.clear();
-        }
-        card
+        stopped?;
+        self.ring.clear();
+        Ok(())
     }
 
-    /// Puts everything that is still taken back into the virtqueue.
-    fn rewind(&mut self) {
-        for taken in self.taken.drain(..) {
-            if let State::InSlot(slot) = &taken.state {
-                self.slots.put_back(slot);
-            }
-        }
-        self.guest.virtq.rewind();
-    }
-
-    /// Gives everything that is still taken back as lost.
+    /// Gives everything that is still taken back as lost. The card holds none of it any more.
     fn discard(&mut self, why: Drop) {
         while let Some(oldest) = self.taken.pop_front() {
-            match &oldest.state {
-                State::Dropped => {}
-                State::InPlace => self.guest.stats.drop_frame(why),
-                State::InSlot(slot) => {
-                    self.slots.put_back(slot);
-                    self.guest.stats.drop_frame(why);
-                }
+            if let State::InSlot { slot, .. } = &oldest.state {
+                self.slots.put_back(slot);
             }
+            let lost = match oldest.state {
+                State::Lost(earlier) => earlier,
+                _ => why,
+            };
+            self.count(&State::Lost(lost));
             self.guest.virtq.give(oldest.head, 0);
         }
+    }
+
+    fn disarm(&mut self) {
+        self.ring.disarm();
+        self.guest.virtq.refuse_kicks();
     }
 }
 
 fn outside(buffer: &Buffer) -> ChainError {
-    ChainError::Memory {
-        start: buffer.addr.0,
-        len: buffer.len,
-    }
+    let (start, len) = (buffer.addr.0, buffer.len);
+    ChainError::Memory { start, len }
 }
 
 /// Whether `len` bytes at `start` are all guest memory.
@@ -367,10 +360,8 @@ impl<R: TxRing> Lane for TxLane<R> {
         }
         let mut given = self.complete();
         let taken = self.take();
-        if let Some(ring) = &mut self.ring {
-            ring.flush();
-        }
-        // A dropped frame, and one a copying device has sent already, need no second pass.
+        self.ring.flush();
+        // A lost frame, and one a copying device has sent already, need no second pass.
         given += self.complete();
         if given > 0 {
             self.guest.publish();
@@ -379,6 +370,7 @@ impl<R: TxRing> Lane for TxLane<R> {
             Err(error) => self.guest.retire_broken(&error),
             Ok(taken) if taken + given > 0 => {
                 self.guest.stats.bursts.add(1);
+                self.disarm();
                 Progress::Moved
             }
             Ok(_) => Progress::Idle,
@@ -389,9 +381,7 @@ impl<R: TxRing> Lane for TxLane<R> {
         if self.guest.retired {
             return false;
         }
-        if let Some(ring) = &mut self.ring {
-            ring.arm();
-        }
+        self.ring.arm();
         let more = match self.guest.virtq.ask_for_kicks() {
             Ok(more) => more,
             Err(error) => {
@@ -403,19 +393,9 @@ impl<R: TxRing> Lane for TxLane<R> {
         if given > 0 {
             self.guest.publish();
         }
-        let full = self
-            .ring
-            .as_ref()
-            .is_some_and(|ring| ring.room() < ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame));
-        // With a full ring only the card's interrupt helps; what waits in the virtqueue must not keep us awake.
-        given > 0 || (more && !full)
-    }
-
-    fn disarm(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            ring.disarm();
-        }
-        self.guest.virtq.refuse_kicks();
+        // With a full ring only the card's interrupt helps, and memory that is awaited comes with a command: what
+        // waits in the virtqueue for either must not keep us awake.
+        given > 0 || self.slots.is_awaited() || (more && self.has_room() && !self.guest.waits_for_memory)
     }
 
     fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -423,15 +403,15 @@ impl<R: TxRing> Lane for TxLane<R> {
     }
 
     fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.as_ref().and_then(R::wake_fd)
+        self.ring.wake_fd()
     }
 
     fn take_kick(&mut self) {
-        self.guest.take_kick();
+        self.guest.stats.kicks.add(1);
     }
 
     fn take_interrupt(&mut self) {
-        let count = self.ring.as_mut().map_or(0, R::acknowledge);
+        let count = self.ring.acknowledge();
         self.guest.stats.interrupts.add(count);
     }
 
@@ -448,46 +428,42 @@ impl<R: TxRing> Lane for TxLane<R> {
     }
 
     fn set_table(&mut self, table: Arc<Table>) {
-        self.guest.table = table;
+        self.guest.set_table(table);
         self.hint = TableHint::default();
     }
 
     fn set_missing_memory(&mut self, meaning: MissingMemory) {
-        self.guest.missing_memory = meaning;
+        self.guest.set_missing_memory(meaning);
     }
 
     fn set_link(&mut self, up: bool) -> Result<(), NicError> {
         if self.link_up == up || self.guest.retired {
             return Ok(());
         }
-        self.link_up = up;
-        let result = if up {
-            self.ring.as_mut().map_or(Ok(()), R::start)
+        if up {
+            self.ring.start()?;
         } else {
             // A card without a link never finishes what it was given (TRAPS 10).
-            let stopped = self.quiesce();
+            self.quiesce()?;
             self.discard(Drop::LinkDown);
             self.guest.publish();
-            stopped
-        };
-        if let Err(error) = &result {
-            self.guest.retire(error);
         }
-        result
+        self.link_up = up;
+        Ok(())
     }
 
     fn stop(mut self: Box<Self>) -> Stopped {
-        let card = if self.link_up { self.quiesce() } else { Ok(()) };
-        self.complete();
-        self.rewind();
+        let card = self.quiesce();
         self.guest.publish();
-        if let Some(ring) = self.ring.take() {
-            self.berth.put(ring);
-        }
-        Stopped {
-            first_unused: self.guest.virtq.first_unused(),
-            card,
-        }
+        let Self {
+            guest,
+            ring,
+            berth,
+            slots,
+            ..
+        } = *self;
+        berth.put(ring);
+        Stopped::new(guest.virtq.first_unused(), card, slots)
     }
 }
 
@@ -538,6 +514,14 @@ mod tests {
 
         fn sending(&self) -> Vec<Vec<Segment>> {
             self.wire.lock().unwrap().sending.iter().cloned().collect()
+        }
+
+        /// Polls until the card has `frames` frames: slots are mapped by another thread.
+        fn poll_until_sending(&mut self, frames: usize) {
+            while self.sending().len() < frames {
+                assert_ne!(self.lane.poll(), Progress::Retired);
+                std::thread::yield_now();
+            }
         }
 
         /// The bytes of the `n`th frame with the card.
@@ -616,14 +600,14 @@ mod tests {
                 .descriptor_at(table, n + 1, BUFFER + 0x100 + 10 * u64::from(n), 10, next, n + 2);
         }
         bench.guest.offer_chain(5, &[(table, 160)], INDIRECT);
-        bench.lane.poll();
+        bench.poll_until_sending(1);
         assert_eq!(bench.sending()[0].len(), 1);
         assert_eq!(bench.bytes(0), frame);
-        assert_eq!(bench.stats.bounced[Bounce::ManySegments as usize].get(), 1);
-        assert_eq!(bench.stats.copied_bytes.get(), 90);
         assert!(bench.guest.has_bounce_memory(), "a bounce shows in the map");
         bench.finish(1);
         bench.lane.poll();
+        assert_eq!(bench.stats.bounced[Bounce::ManySegments as usize].get(), 1);
+        assert_eq!(bench.stats.copied_bytes.get(), 90);
         assert_eq!(bench.guest.used(), vec![(5, 0)]);
     }
 
@@ -632,7 +616,7 @@ mod tests {
         let mut bench = Bench::of_size(8);
         bench.guest.write(BUFFER, &[0xee; 200]);
         bench.offer(0, 16);
-        bench.lane.poll();
+        bench.poll_until_sending(1);
         let mut padded = vec![0xee; 16];
         padded.resize(60, 0);
         assert_eq!(bench.bytes(0), padded);
@@ -744,9 +728,51 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_will_not_stop_is_reported() {
-        let bench = Bench::of_size(8);
+    fn a_queue_that_will_not_stop_is_reported_every_time_and_keeps_its_frames() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, 60);
+        bench.lane.poll();
         bench.wire.lock().unwrap().stop_fails = true;
-        assert!(bench.lane.stop().card.is_err());
+        assert!(bench.lane.set_link(false).is_err());
+        assert_eq!(bench.guest.used(), vec![], "the card may still read it");
+        let stopped = bench.lane.stop();
+        assert!(stopped.card.is_err());
+        assert_eq!(stopped.first_unused, 0);
+    }
+
+    #[test]
+    fn frames_are_counted_once_however_often_they_are_taken() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, 60);
+        bench.offer(1, 13);
+        bench.lane.poll();
+        assert_eq!(
+            (
+                bench.stats.frames.get(),
+                bench.stats.dropped[Drop::Runt as usize].get()
+            ),
+            (0, 0)
+        );
+        let stats = Arc::clone(&bench.stats);
+        assert_eq!(bench.lane.stop().first_unused, 0);
+        assert_eq!(
+            (stats.frames.get(), stats.dropped[Drop::Runt as usize].get()),
+            (0, 0)
+        );
+    }
+
+    #[test]
+    fn without_slots_a_frame_that_needs_one_is_lost_and_the_lane_goes_on() {
+        let mut bench = Bench::of_size(8);
+        // All IOVA space is taken.
+        bench.guest.fill_the_map();
+        bench.offer(0, 16);
+        while bench.guest.used().is_empty() {
+            bench.lane.poll();
+            std::thread::yield_now();
+        }
+        assert_eq!(bench.stats.dropped[Drop::NoRoom as usize].get(), 1);
+        bench.offer(1, 60);
+        bench.poll_until_sending(1);
     }
 }

@@ -68,7 +68,8 @@ impl Tap {
         let shared = || Shared {
             device: Arc::clone(&device),
             bus: Arc::clone(&bus),
-            frame: vec![0; frame_bytes as usize].into_boxed_slice(),
+            // One byte more than the largest frame: a longer one shows, rather than come out cut.
+            frame: vec![0; frame_bytes as usize + 1].into_boxed_slice(),
         };
         tracing::info!(tap = name, "a tap copies every frame: this is no zero-copy path");
         Ok(Self {
@@ -261,7 +262,7 @@ impl Ring for TapRxRing {
 
 impl RxRing for TapRxRing {
     fn buffer_bytes(&self) -> u32 {
-        u32::try_from(self.shared.frame.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.shared.frame.len() - 1).unwrap_or(u32::MAX)
     }
 
     fn post(&mut self, buffer: Iova) {
@@ -270,13 +271,16 @@ impl RxRing for TapRxRing {
 
     fn harvest(&mut self) -> Option<Received> {
         let buffer = *self.posted.front()?;
-        // An interface that is down or gone reads as an error, and so as no frame.
-        let len = self
-            .shared
-            .device
-            .recv(&mut self.shared.frame)
-            .ok()
-            .filter(|len| *len > 0)?;
+        // An interface that is down or gone reads as an error, and so as no frame. One that is too long for the port
+        // is lost, as on a card; the next one is for the same buffer.
+        let most = self.buffer_bytes() as usize;
+        let len = loop {
+            match self.shared.device.recv(&mut self.shared.frame) {
+                Ok(len) if len > most => {}
+                Ok(len) if len > 0 => break len,
+                Ok(_) | Err(_) => return None,
+            }
+        };
         let frame = self.shared.frame.get(..len)?;
         self.posted.pop_front();
         let written = self.shared.bus.write(buffer, frame);

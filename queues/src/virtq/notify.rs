@@ -24,6 +24,8 @@ pub(super) struct Notification {
     decided_at: u16,
     /// The next decision is yes: the driver may have missed one, before a start or a change of descriptors.
     forced: bool,
+    /// Kicks were asked for last, or nothing was said yet.
+    asking: bool,
 }
 
 impl Notification {
@@ -33,6 +35,7 @@ impl Notification {
             wake_ups,
             decided_at: used,
             forced: true,
+            asking: true,
         }
     }
 
@@ -60,6 +63,7 @@ impl Notification {
     }
 
     pub(super) fn ask_for_kicks(&mut self, memory: &VirtqMemory, next_avail: u16) {
+        self.asking = true;
         match self.wake_ups {
             WakeUps::ByEventIdx => memory.store_avail_event(next_avail),
             WakeUps::ByFlag => memory.store_used_flags(0),
@@ -68,7 +72,11 @@ impl Notification {
         VirtqMemory::full_barrier();
     }
 
+    #[inline]
     pub(super) fn refuse_kicks(&mut self, memory: &VirtqMemory) {
+        if !std::mem::take(&mut self.asking) {
+            return;
+        }
         match self.wake_ups {
             // The event index stays where it is: the driver passes it once and is then silent for 2^16 entries.
             WakeUps::ByEventIdx => {}

@@ -159,6 +159,8 @@ impl Card {
         if self.wait(QUEUE_BOUND, &mut || self.read(control) & QUEUE_ENABLE != 0) {
             return self.check_present();
         }
+        // It must not come up after all, when nobody expects it.
+        self.write(control, 0);
         let (device, queue) = (self.name().to_owned(), format!("{direction} {queue}"));
         Err(NicError::WillNotStart {
             device,

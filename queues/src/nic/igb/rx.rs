@@ -34,6 +34,8 @@ pub(super) struct IgbRxRing {
     /// A frame came without its end: what follows up to the end belongs to it.
     in_torn_frame: bool,
     running: bool,
+    /// The interrupt is unmasked.
+    armed: bool,
 }
 
 impl IgbRxRing {
@@ -48,6 +50,7 @@ impl IgbRxRing {
             told: 0,
             in_torn_frame: false,
             running: false,
+            armed: false,
         }
     }
 
@@ -58,6 +61,7 @@ impl IgbRxRing {
 
 impl Ring for IgbRxRing {
     fn start(&mut self) -> Result<(), NicError> {
+        self.disarm();
         let at = |reg: QueueReg| reg.rx(self.queue);
         let bound = self.card.bound();
         self.card.program_ring(&self.ring, at);
@@ -76,11 +80,14 @@ impl Ring for IgbRxRing {
     }
 
     fn stop(&mut self) -> Result<(), NicError> {
-        if !std::mem::take(&mut self.running) {
+        if !self.running {
             return Ok(());
         }
+        let control = QueueReg::CONTROL.rx(self.queue);
         self.card
-            .disable_queue(QueueReg::CONTROL.rx(self.queue), RX_THRESHOLDS, "rx", self.queue)
+            .disable_queue(control, RX_THRESHOLDS, "rx", self.queue)?;
+        self.running = false;
+        Ok(())
     }
 
     fn clear(&mut self) {
@@ -101,11 +108,15 @@ impl Ring for IgbRxRing {
     }
 
     fn arm(&mut self) {
-        self.card.unmask(&self.vector);
+        if !std::mem::replace(&mut self.armed, true) {
+            self.card.unmask(&self.vector);
+        }
     }
 
     fn disarm(&mut self) {
-        self.card.mask(&self.vector);
+        if std::mem::take(&mut self.armed) {
+            self.card.mask(&self.vector);
+        }
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {

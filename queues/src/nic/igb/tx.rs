@@ -38,6 +38,8 @@ pub(super) struct IgbTxRing {
     /// Free-running: the last slot of each frame with the card, oldest first.
     ends: VecDeque<u32>,
     running: bool,
+    /// The interrupt is unmasked.
+    armed: bool,
 }
 
 impl IgbTxRing {
@@ -53,6 +55,7 @@ impl IgbTxRing {
             told: 0,
             ends,
             running: false,
+            armed: false,
         }
     }
 
@@ -69,6 +72,7 @@ impl IgbTxRing {
 
 impl Ring for IgbTxRing {
     fn start(&mut self) -> Result<(), NicError> {
+        self.disarm();
         let at = |reg: QueueReg| reg.tx(self.queue);
         self.card.program_ring(&self.ring, at);
         self.card
@@ -81,14 +85,17 @@ impl Ring for IgbTxRing {
     }
 
     fn stop(&mut self) -> Result<(), NicError> {
-        if !std::mem::take(&mut self.running) {
+        if !self.running {
             return Ok(());
         }
         // What the card was told of is sent if it can be. With the link down or paused it cannot: then the queue
-        // is stopped over it.
+        // is stopped over it. Both the head and the last report, as the datasheet wants it.
         let (head, tail) = (QueueReg::HEAD.tx(self.queue), self.slot(self.told));
-        let card = &self.card;
-        let drained = card.wait(DRAIN_BOUND, &mut || card.read(head) == tail);
+        let last = self.ends.back().copied();
+        let (card, ring) = (&self.card, &self.ring);
+        let drained = card.wait(DRAIN_BOUND, &mut || {
+            card.read(head) == tail && last.is_none_or(|last| desc::tx_is_done(ring.load_report(last)))
+        });
         if !drained {
             tracing::debug!(
                 card = card.name(),
@@ -96,7 +103,11 @@ impl Ring for IgbTxRing {
                 "tx queue stopped with frames in it"
             );
         }
-        card.disable_queue(QueueReg::CONTROL.tx(self.queue), TX_THRESHOLDS, "tx", self.queue)
+        let control = QueueReg::CONTROL.tx(self.queue);
+        self.card
+            .disable_queue(control, TX_THRESHOLDS, "tx", self.queue)?;
+        self.running = false;
+        Ok(())
     }
 
     fn clear(&mut self) {
@@ -119,11 +130,15 @@ impl Ring for IgbTxRing {
     }
 
     fn arm(&mut self) {
-        self.card.unmask(&self.vector);
+        if !std::mem::replace(&mut self.armed, true) {
+            self.card.unmask(&self.vector);
+        }
     }
 
     fn disarm(&mut self) {
-        self.card.mask(&self.vector);
+        if std::mem::take(&mut self.armed) {
+            self.card.mask(&self.vector);
+        }
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
