@@ -16,7 +16,7 @@ use std::io;
 use std::mem::offset_of;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::raw::{c_int, c_ulong};
+use std::os::raw::{c_int, c_long, c_ulong};
 use std::ptr;
 
 use iommufd_bindings as iommufd;
@@ -111,6 +111,20 @@ fn answer(returned: c_int) -> io::Result<c_int> {
 fn owned(fd: c_int) -> OwnedFd {
     // SAFETY: called only with what GROUP_GET_DEVICE_FD just made, which nobody else has seen.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Whether two descriptors of this process are one open file, or an error where kcmp(2) is not to be had.
+pub(crate) fn is_one_open_file(a: impl AsFd, b: impl AsFd) -> io::Result<bool> {
+    // Linux `include/uapi/linux/kcmp.h`.
+    const KCMP_FILE: c_long = 0;
+    let process = c_long::from(rustix::process::getpid().as_raw_pid());
+    let [a, b] = [a.as_fd(), b.as_fd()].map(|fd| c_long::from(fd.as_raw_fd()));
+    // SAFETY: kcmp(2) takes numbers only, and both descriptors are open for as long as they are borrowed.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, process, process, KCMP_FILE, a, b) };
+    if order < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(order == 0)
 }
 
 // iommufd ---------------------------------------------------------------------------------------------------

@@ -5,34 +5,21 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use super::files::FileId;
 use crate::address::Iova;
 use crate::memory::HostRange;
 
 /// The grid on which extents are cut, in bytes of file offset.
 pub const CELL_BYTES: u64 = 1 << 30;
 
-/// What makes two ranges the same memory (rule R4). The inode number is good for as long as the file is held.
+/// What makes two ranges the same memory (rule R4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ExtentKey {
-    device: u64,
-    inode: u64,
-    offset: u64,
-    len: u64,
-}
-
-impl ExtentKey {
-    pub(super) fn of(file: &File, offset: u64, len: u64) -> std::io::Result<Self> {
-        let meta = file.metadata()?;
-        Ok(Self {
-            device: meta.dev(),
-            inode: meta.ino(),
-            offset,
-            len,
-        })
-    }
+    pub(super) file: FileId,
+    pub(super) offset: u64,
+    pub(super) len: u64,
 }
 
 /// One mapped range of a file. Lives in the map's books until its last owner lets go.

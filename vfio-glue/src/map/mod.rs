@@ -7,13 +7,14 @@
 //!
 //! A map exists by itself: it is made, filled and inspected with no device, and outlives every device and every
 //! guest (R1). No device is special (R2). Memory changes touch the map and never the devices (R3). The same
-//! memory seen twice is mapped once, by device, inode, offset and length of its file (R4). What the kernel keeps
+//! memory seen twice is mapped once, by file, offset and length (R4; `files.rs` says what proves two files one). What the kernel keeps
 //! behind it does not show (R6).
 //!
 //! All calls are control plane: they take one lock and may block while the kernel pins. Lanes never call here.
 
 mod budget;
 mod extent;
+mod files;
 mod iova;
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,6 +25,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::extent::{ExtentKey, cells_in, cut};
+use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
 use crate::address::Iova;
 use crate::iommu::software::SoftwareBus;
@@ -133,6 +135,7 @@ pub struct MemoryMap {
 struct Books {
     iommu: Box<dyn Iommu>,
     iovas: IovaAllocator,
+    files: Files,
     /// All that is mapped, by IOVA.
     records: BTreeMap<Iova, Record>,
     /// What is handed out when the same bytes are asked for again.
@@ -167,6 +170,7 @@ impl MemoryMap {
             books: Mutex::new(Books {
                 iommu,
                 iovas: IovaAllocator::new(cautious_ranges()),
+                files: Files::default(),
                 records: BTreeMap::new(),
                 shared: HashMap::new(),
                 devices: Vec::new(),
@@ -221,6 +225,7 @@ impl MemoryMap {
                 AcquireError::File(source) => refused(source),
                 AcquireError::Map(error) => error,
             })?;
+        let held = extents.first().map(|extent| Arc::clone(&extent.file));
         let end = spec.file_offset + len;
         let pieces = extents
             .into_iter()
@@ -234,6 +239,9 @@ impl MemoryMap {
                 }
             })
             .collect();
+        // A region keeps the map's descriptor of its file and not the one it came with: descriptors are few.
+        let file = held.unwrap_or(spec.file);
+        let spec = RegionSpec { file, ..spec };
         Ok(Region { spec, pieces })
     }
 
@@ -381,19 +389,18 @@ impl Books {
         cells: &[Range<u64>],
         owner: &str,
     ) -> Result<Vec<Arc<Extent>>, AcquireError> {
-        let mut keys = Vec::with_capacity(cells.len());
-        for cell in cells {
-            let len = cell.end - cell.start;
-            let key = ExtentKey::of(file, cell.start, len).map_err(|source| {
-                AcquireError::File(FileError::Call {
-                    call: "fstat",
+        let (id, file) = self.files.identify(file).map_err(AcquireError::File)?;
+        let keys: Vec<(ExtentKey, Range<u64>)> = cells
+            .iter()
+            .map(|cell| {
+                let key = ExtentKey {
+                    file: id,
                     offset: cell.start,
-                    len,
-                    source,
-                })
-            })?;
-            keys.push((key, cell.clone()));
-        }
+                    len: cell.end - cell.start,
+                };
+                (key, cell.clone())
+            })
+            .collect();
         let new = keys.iter().filter(|(key, _)| self.mapped_for(key).is_none());
         let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
             (count + 1, need + cell.end - cell.start)
@@ -406,7 +413,7 @@ impl Books {
         let mut held: Vec<Arc<Extent>> = Vec::with_capacity(keys.len());
         for (key, cell) in keys {
             let after = held.last().map(|last| last.iova.raw() + last.len());
-            match self.acquire_one(bus, file, key, &cell, owner, after) {
+            match self.acquire_one(bus, &file, key, &cell, owner, after) {
                 Ok(extent) => held.push(extent),
                 Err(error) => {
                     for extent in &held {
@@ -750,6 +757,49 @@ mod tests {
         assert_eq!(kernel.mapped().len(), 1);
         map.remove_region("vm1", &second).unwrap();
         assert_eq!(kernel.mapped().len(), 0);
+    }
+
+    #[test]
+    fn many_regions_of_one_file_hold_one_descriptor() {
+        let (_, map) = fake();
+        let file = memfd(64 * MIB);
+        let mut regions: Vec<Region> = Vec::new();
+        for n in 0..64 {
+            // Each comes with a descriptor of its own, as they do over a socket.
+            let sent = Arc::new(file.try_clone().unwrap());
+            regions.push(
+                map.add_region("vm0", region(&sent, n * MIB, MIB, n * MIB))
+                    .unwrap(),
+            );
+        }
+        let held = &regions[0].spec().file;
+        assert!(
+            regions
+                .iter()
+                .all(|region| Arc::ptr_eq(&region.spec().file, held))
+        );
+        let extents = regions
+            .iter()
+            .flat_map(|region| &region.pieces)
+            .map(|piece| &piece.extent);
+        assert!(extents.into_iter().all(|extent| Arc::ptr_eq(&extent.file, held)));
+    }
+
+    #[test]
+    fn r4_huge_pages_of_two_ports_are_mapped_once_and_those_of_two_guests_are_not() {
+        let (kernel, map) = fake();
+        let huge = || {
+            let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::HUGETLB;
+            let file = File::from(rustix::fs::memfd_create("guest", flags).unwrap());
+            file.set_len(4 * MIB).unwrap();
+            Arc::new(file)
+        };
+        let (file, others) = (huge(), huge());
+        let again = Arc::new(file.try_clone().unwrap());
+        let add = |owner, file: &Arc<File>| map.add_region(owner, region(file, 0, 4 * MIB, 0)).unwrap();
+        let _regions = [add("vm0-a", &file), add("vm0-b", &again), add("vm1", &others)];
+        assert_eq!(kernel.mapped().len(), 2);
+        assert_eq!(map.snapshot().extents[0].owners, vec!["vm0-a", "vm0-b"]);
     }
 
     #[test]
