@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::files::FileId;
 use crate::address::Iova;
-use crate::memory::HostRange;
+use crate::memory::{HostRange, RegionPiece};
 
 /// The grid on which extents are cut, in bytes of file offset.
 pub const CELL_BYTES: u64 = 1 << 30;
@@ -50,6 +50,19 @@ impl Extent {
     /// Byte offset of the range in its file.
     pub fn file_offset(&self) -> u64 {
         self.key.offset
+    }
+
+    /// The part of it that lies in `range` of its file, or `None` if there is none.
+    pub(super) fn piece(self: &Arc<Self>, range: &Range<u64>) -> Option<RegionPiece> {
+        let (start, end) = (self.key.offset, self.key.offset + self.key.len);
+        let (from, to) = (range.start.max(start), range.end.min(end));
+        let skip = from - start;
+        let len = usize::try_from(to.checked_sub(from)?).ok()?;
+        Some(RegionPiece {
+            iova: self.iova.offset(skip),
+            host: self.host.sub(usize::try_from(skip).ok()?, len)?,
+            extent: Arc::clone(self),
+        })
     }
 
     /// The same bytes in this process.

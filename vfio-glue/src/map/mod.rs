@@ -215,9 +215,8 @@ impl MemoryMap {
             });
         }
         // How long the file is comes before anything is made in proportion to what was announced.
-        let pages = MemoryFile::of(&spec.file)
-            .and_then(|file| file.pages_around(spec.file_offset, len))
-            .map_err(refused)?;
+        let file = MemoryFile::of(&spec.file).map_err(refused)?;
+        let pages = file.pages_around(spec.file_offset, len).map_err(refused)?;
         let extents = self
             .books()
             .acquire_pages(&self.bus, &spec.file, pages, owner)
@@ -226,19 +225,12 @@ impl MemoryMap {
                 AcquireError::Map(error) => error,
             })?;
         let held = extents.first().map(|extent| Arc::clone(&extent.file));
-        let end = spec.file_offset + len;
-        let pieces = extents
-            .into_iter()
-            .map(|extent| {
-                let from = spec.file_offset.max(extent.file_offset());
-                let to = end.min(extent.file_offset() + extent.len());
-                RegionPiece {
-                    skip: from - extent.file_offset(),
-                    len: to - from,
-                    extent,
-                }
-            })
-            .collect();
+        let range = spec.file_offset..spec.file_offset + len;
+        let pieces: Option<Vec<RegionPiece>> = extents.iter().map(|extent| extent.piece(&range)).collect();
+        let Some(pieces) = pieces else {
+            self.books().undo(&self.bus, &extents, owner);
+            return Err(refused(file.out_of_bounds(spec.file_offset, len)));
+        };
         // A region keeps the map's descriptor of its file and not the one it came with: descriptors are few.
         let file = held.unwrap_or(spec.file);
         let spec = RegionSpec { file, ..spec };
@@ -416,16 +408,21 @@ impl Books {
             match self.acquire_one(bus, &file, key, &cell, owner, after) {
                 Ok(extent) => held.push(extent),
                 Err(error) => {
-                    for extent in &held {
-                        if let Err(error) = self.release(bus, extent, owner) {
-                            tracing::error!(%error, "undoing a refused region left an extent mapped");
-                        }
-                    }
+                    self.undo(bus, &held, owner);
                     return Err(error);
                 }
             }
         }
         Ok(held)
+    }
+
+    /// Takes back an `acquire` of which nothing has been used.
+    fn undo(&mut self, bus: &SoftwareBus, held: &[Arc<Extent>], owner: &str) {
+        for extent in held {
+            if let Err(error) = self.release(bus, extent, owner) {
+                tracing::error!(%error, "undoing a refused region left an extent mapped");
+            }
+        }
     }
 
     fn acquire_one(
@@ -845,6 +842,36 @@ mod tests {
                 .lookup(&mut hint, GuestAddress(0x10_0000 + 3 * MIB), 1)
                 .is_none()
         );
+    }
+
+    #[test]
+    fn a_table_shows_every_byte_of_its_regions_at_any_offset_in_page_and_cell() {
+        let (_, map) = fake();
+        let file = memfd(3 * CELL_BYTES);
+        for (offset, len) in [
+            (5, 3),
+            (4095, 2),
+            (CELL_BYTES - 1, CELL_BYTES + 2),
+            (7, 3 * CELL_BYTES - 9),
+        ] {
+            let part = Arc::new(map.add_region("vm0", region(&file, 0x1000, len, offset)).unwrap());
+            let table = Table::new(vec![Arc::clone(&part)]).unwrap();
+            let (mut hint, mut at, mut pieces) = (TableHint::default(), 0, 0);
+            while at < len {
+                let piece = table
+                    .lookup(&mut hint, GuestAddress(0x1000 + at), u32::MAX)
+                    .unwrap();
+                assert_eq!(piece.iova.raw() % 4096, (offset + at) % 4096);
+                at += piece.len() as u64;
+                pieces += 1;
+            }
+            assert_eq!(
+                (at, pieces),
+                (len, part.pieces.len()),
+                "no byte is left out, none is added"
+            );
+            map.remove_region("vm0", &part).unwrap();
+        }
     }
 
     #[test]

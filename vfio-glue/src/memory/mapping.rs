@@ -129,15 +129,20 @@ impl MemoryFile {
     /// [`FileError::TooShort`], or [`FileError::Bounds`] if the range is empty or wraps.
     pub(crate) fn pages_around(&self, offset: u64, len: u64) -> Result<Range<u64>, FileError> {
         let Self { page, size } = *self;
-        let out_of_bounds = FileError::Bounds { offset, len, page };
-        let Some(end) = offset.checked_add(len).filter(|_| len > 0) else {
-            return Err(out_of_bounds);
-        };
+        let out_of_bounds = || self.out_of_bounds(offset, len);
+        let end = offset.checked_add(len).filter(|_| len > 0);
+        let end = end.ok_or_else(out_of_bounds)?;
         if end > size {
             return Err(FileError::TooShort { end, size });
         }
-        let last = end.checked_next_multiple_of(page).ok_or(out_of_bounds)?;
+        let last = end.checked_next_multiple_of(page).ok_or_else(out_of_bounds)?;
         Ok(offset - offset % page..last)
+    }
+
+    /// The error for a range that cannot be had of this file.
+    pub(crate) fn out_of_bounds(&self, offset: u64, len: u64) -> FileError {
+        let page = self.page;
+        FileError::Bounds { offset, len, page }
     }
 }
 
@@ -270,7 +275,7 @@ impl HostRange {
         let page = shape.page;
         let mapping = HostMapping::of_file(file, pages.start, pages.end - pages.start, page, lost)?;
         let (Ok(skip), Ok(len)) = (usize::try_from(offset - pages.start), usize::try_from(len)) else {
-            return Err(FileError::Bounds { offset, len, page });
+            return Err(shape.out_of_bounds(offset, len));
         };
         // SAFETY: `skip + len` bytes lie inside the mapping, whose pages hold the range.
         let start = unsafe { mapping.base.add(skip) };

@@ -8,7 +8,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use crate::address::{FrontendAddress, GuestAddress};
+use super::HostRange;
+use crate::address::{FrontendAddress, GuestAddress, Iova};
 use crate::map::Extent;
 
 /// A region as announced. Untrusted: [`crate::map::MemoryMap::add_region`] checks it.
@@ -37,10 +38,10 @@ pub struct Region {
 #[derive(Debug)]
 pub(crate) struct RegionPiece {
     pub(crate) extent: Arc<Extent>,
-    /// First byte, counted from the start of the extent.
-    pub(crate) skip: u64,
-    /// Length in bytes.
-    pub(crate) len: u64,
+    /// Where the card finds the first byte.
+    pub(crate) iova: Iova,
+    /// Where we find them.
+    pub(crate) host: HostRange,
 }
 
 impl Region {

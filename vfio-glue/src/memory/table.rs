@@ -182,26 +182,19 @@ impl Segment {
     }
 }
 
-fn segments_of(region: &Region) -> Vec<Segment> {
-    let mut first = region.spec.guest.0;
-    let mut segments = Vec::with_capacity(region.pieces.len());
-    for piece in &region.pieces {
-        let whole = piece.extent.host();
-        let (Ok(skip), Ok(len)) = (usize::try_from(piece.skip), usize::try_from(piece.len)) else {
-            continue;
-        };
-        let Some(host) = whole.sub(skip, len) else {
-            continue;
-        };
-        segments.push(Segment {
+/// One segment for each piece, in order: together they show every byte of the region.
+fn segments_of(region: &Region) -> impl Iterator<Item = Segment> {
+    let start = region.spec.guest.0;
+    region.pieces.iter().scan(start, |next, piece| {
+        let (first, len) = (*next, piece.host.len() as u64);
+        *next = first.wrapping_add(len);
+        Some(Segment {
             first,
-            len: piece.len,
-            iova: piece.extent.iova().offset(piece.skip),
-            host,
-        });
-        first = first.wrapping_add(piece.len);
-    }
-    segments
+            len,
+            iova: piece.iova,
+            host: piece.host.clone(),
+        })
+    })
 }
 
 fn refuse_overlap(space: &'static str, mut ranges: Vec<(u64, u64)>) -> Result<(), OverlapError> {
