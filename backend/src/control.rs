@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vfio_glue::map::MemoryMap;
 
-use crate::endpoint::{EndpointError, listen};
+use crate::endpoint::{EndpointError, OwnPath, listen};
 use crate::port::Port;
 use crate::report::Report;
 use crate::signals::{Stop, Woken};
@@ -80,7 +80,7 @@ impl Subjects {
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
-    path: PathBuf,
+    _path: OwnPath,
 }
 
 impl Control {
@@ -90,10 +90,8 @@ impl Control {
     ///
     /// [`EndpointError`].
     pub fn open(path: &Path) -> Result<Self, EndpointError> {
-        Ok(Self {
-            listener: listen(path, MODE)?,
-            path: path.to_owned(),
-        })
+        let (listener, _path) = listen(path, MODE)?;
+        Ok(Self { listener, _path })
     }
 
     /// Answers until the process stops, each client in a thread of its own.
@@ -119,8 +117,6 @@ impl Control {
                 });
             }
         });
-        // Gone already is as good.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -84,7 +84,7 @@ pub enum Endpoint {
         /// The socket.
         listener: UnixListener,
         /// Its path, if it is ours to remove.
-        path: Option<PathBuf>,
+        path: Option<OwnPath>,
     },
     /// We connect to them.
     Connect {
@@ -107,10 +107,10 @@ impl Endpoint {
     pub fn open(spec: &SocketSpec) -> Result<Self, EndpointError> {
         match spec {
             SocketSpec::Listen { path, mode } => {
-                let listener = listen(path, *mode)?;
+                let (listener, path) = listen(path, *mode)?;
                 Ok(Self::Listen {
                     listener,
-                    path: Some(path.clone()),
+                    path: Some(path),
                 })
             }
             SocketSpec::Connect { path } => Ok(Self::Connect { path: path.clone() }),
@@ -121,16 +121,24 @@ impl Endpoint {
     /// Serves front-ends for `port`, one after the other, until the process stops or none can come any more.
     pub fn serve(self, port: &Arc<Port>, stop: &Stop) {
         match self {
-            Self::Listen { listener, path } => {
-                serve_listener(&listener, port, stop);
-                if let Some(path) = path {
-                    // Gone already is as good.
-                    let _ = std::fs::remove_file(path);
-                }
-            }
+            Self::Listen {
+                listener,
+                path: _path,
+            } => serve_listener(&listener, port, stop),
             Self::Connect { path } => serve_by_connecting(&path, port, stop),
             Self::Connected { stream } => serve_one(stream, port, stop),
         }
+    }
+}
+
+/// A socket's path, removed when this goes: at the end, and when the start fails half way.
+#[derive(Debug)]
+pub struct OwnPath(PathBuf);
+
+impl Drop for OwnPath {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -139,7 +147,7 @@ impl Endpoint {
 /// # Errors
 ///
 /// [`EndpointError`].
-pub fn listen(path: &Path, mode: u32) -> Result<UnixListener, EndpointError> {
+pub fn listen(path: &Path, mode: u32) -> Result<(UnixListener, OwnPath), EndpointError> {
     let failed = |call| {
         move |source| EndpointError::Call {
             path: path.to_owned(),
@@ -183,9 +191,10 @@ pub fn listen(path: &Path, mode: u32) -> Result<UnixListener, EndpointError> {
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
     let listener = bound.map_err(failed("bind"))?;
+    let own_path = OwnPath(path.to_owned());
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed("chmod"))?;
     listener.set_nonblocking(true).map_err(failed("O_NONBLOCK"))?;
-    Ok(listener)
+    Ok((listener, own_path))
 }
 
 /// Takes over a descriptor that the starter left open, listening or connected.
@@ -381,9 +390,11 @@ mod tests {
         let path = folder.path().join("vm0.sock");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let listener = listen(&path, 0o600).unwrap();
+        let (listener, own_path) = listen(&path, 0o600).unwrap();
         let _client = UnixStream::connect(&path).unwrap();
         assert!(listener.accept().is_ok());
+        drop(own_path);
+        assert!(!path.exists(), "and removed at the end");
     }
 
     #[test]

@@ -20,12 +20,16 @@ use vfio_glue::iommu::{self, DeviceAddress, Iommu, VfioUserIommu, choose};
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::guard;
 use vfio_glue::pci::PciAddress;
+use vfio_glue::{nudge, raise_open_files_limit};
 
 use crate::control::{Control, Subjects};
 use crate::endpoint::Endpoint;
 use crate::port::Port;
-use crate::signals::Stop;
+use crate::signals::{Stop, Woken};
 use crate::worker::{Patience, Worker};
+
+/// How often to look whether a worker stands still.
+const PULSE: Duration = Duration::from_secs(1);
 
 /// Runs until `stop` is asked for or no front-end can come any more.
 ///
@@ -33,6 +37,11 @@ use crate::worker::{Patience, Worker};
 ///
 /// What kept it from starting. Nothing is left behind then.
 pub fn run(config: &Config, stop: &Stop) -> Result<()> {
+    nudge::install().context("cannot catch the signal that frees a worker")?;
+    match raise_open_files_limit() {
+        Ok((before, now)) => tracing::debug!(before, now, "open files"),
+        Err(error) => tracing::warn!(%error, "the limit on open files stays as it is"),
+    }
     guard::install().context("cannot guard against memory files that are cut short")?;
     let control = config.control.as_deref().map(Control::open).transpose()?;
     let endpoints: Vec<Endpoint> = config
@@ -56,10 +65,21 @@ pub fn run(config: &Config, stop: &Stop) -> Result<()> {
         ports: ports.clone(),
         maps,
     });
+    let done = Stop::new().context("cannot make an event")?;
     std::thread::scope(|scope| {
-        let served = serve_all(scope, endpoints, &ports, control, &subjects, stop);
-        // All are back: the process stops, or nobody can come any more, or a thread could not be had.
-        stop.ask();
+        // Until the very end: a worker that stands still keeps its ports from stopping.
+        let pulse = || check_pulses(&workers, &done);
+        std::thread::Builder::new()
+            .name("pulse".to_owned())
+            .spawn_scoped(scope, pulse)
+            .context("no thread")?;
+        let served = std::thread::scope(|scope| {
+            let served = serve_all(scope, endpoints, &ports, control, &subjects, stop);
+            // All are back: the process stops, or nobody can come any more, or a thread could not be had.
+            stop.ask();
+            served
+        });
+        done.ask();
         served
     })
 }
@@ -216,6 +236,13 @@ fn map_by(map_by: MapBy) -> iommu::MapBy {
         MapBy::Auto => iommu::MapBy::Auto,
         MapBy::File => iommu::MapBy::File,
         MapBy::Address => iommu::MapBy::Address,
+    }
+}
+
+/// Frees workers that a front-end made wait.
+fn check_pulses(workers: &[Arc<Worker>], done: &Stop) {
+    while done.wait(None, Some(PULSE)) != Woken::Stop {
+        workers.iter().for_each(|worker| worker.check_pulse());
     }
 }
 

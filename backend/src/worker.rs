@@ -8,6 +8,7 @@
 //! front-end has its reply, it is true.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -17,6 +18,7 @@ use queues::lane::{Lane, Progress};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::CpuSet;
+use vfio_glue::nudge::ThreadId;
 
 /// How long a lane keeps its worker polling after the last frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +51,20 @@ pub struct Worker {
     name: String,
     commands: Mutex<Sender<Command>>,
     wake: Arc<OwnedFd>,
+    pulse: Arc<Pulse>,
+    thread_id: ThreadId,
+    /// The pulse at the last beat.
+    beat: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A worker's sign of life.
+#[derive(Debug, Default)]
+struct Pulse {
+    /// Passes so far.
+    passes: AtomicU64,
+    /// It waits in epoll, where it may stay as long as it likes.
+    asleep: AtomicBool,
 }
 
 impl Worker {
@@ -62,10 +77,11 @@ impl Worker {
         let name = format!("worker{index}");
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (commands, inbox) = channel();
-        let lanes = Lanes::new(Arc::clone(&wake))?;
+        let pulse = Arc::<Pulse>::default();
+        let lanes = Lanes::new(Arc::clone(&wake), Arc::clone(&pulse))?;
         let (pinned, pin_result) = channel();
         let thread = std::thread::Builder::new().name(name.clone()).spawn(move || {
-            let result = cpu.map_or(Ok(()), pin_to);
+            let result = cpu.map_or(Ok(()), pin_to).map(|()| ThreadId::current());
             let run = result.is_ok();
             // The starter waits for it; if it has gone, so has the process.
             let _ = pinned.send(result);
@@ -73,13 +89,16 @@ impl Worker {
                 lanes.run(&inbox);
             }
         })?;
-        pin_result
+        let thread_id = pin_result
             .recv()
             .unwrap_or_else(|_| Err(std::io::ErrorKind::BrokenPipe.into()))?;
         Ok(Arc::new(Self {
             name,
             commands: Mutex::new(commands),
             wake,
+            pulse,
+            thread_id,
+            beat: AtomicU64::new(u64::MAX),
             thread: Mutex::new(Some(thread)),
         }))
     }
@@ -122,6 +141,17 @@ impl Worker {
         work: impl FnOnce(&mut dyn Lane) -> R + Send + 'static,
     ) -> Result<Option<R>, WorkerGone> {
         self.run(move |lanes| lanes.find(id).map(|seat| work(seat.lane.as_mut())))
+    }
+
+    /// Looks whether the worker has moved since the last call, and nudges it if it stands still while awake: a front-end
+    /// has made it wait. To be called about once a second.
+    pub fn check_pulse(&self) {
+        let passes = self.pulse.passes.load(Ordering::Acquire);
+        let before = self.beat.swap(passes, Ordering::Relaxed);
+        if passes == before && !self.pulse.asleep.load(Ordering::Acquire) {
+            tracing::warn!(worker = self.name, "stands still in a system call and is nudged");
+            self.thread_id.nudge();
+        }
     }
 
     fn run<R: Send + 'static>(
@@ -203,12 +233,13 @@ struct Lanes {
     next_id: u64,
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
+    pulse: Arc<Pulse>,
 }
 
 const EVENTS: usize = 32;
 
 impl Lanes {
-    fn new(wake: Arc<OwnedFd>) -> std::io::Result<Self> {
+    fn new(wake: Arc<OwnedFd>, pulse: Arc<Pulse>) -> std::io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(
             &epoll,
@@ -221,12 +252,15 @@ impl Lanes {
             next_id: 1,
             epoll,
             wake,
+            pulse,
         })
     }
 
     fn run(mut self, inbox: &Receiver<Command>) {
         let mut idle_since: Option<Instant> = None;
         loop {
+            let passes = self.pulse.passes.load(Ordering::Relaxed).wrapping_add(1);
+            self.pulse.passes.store(passes, Ordering::Release);
             if !self.obey(inbox) {
                 return;
             }
@@ -301,11 +335,16 @@ impl Lanes {
 
     fn wait(&mut self) {
         let mut events = Vec::with_capacity(EVENTS);
-        if let Err(error) = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
-            if error != rustix::io::Errno::INTR {
+        self.pulse.asleep.store(true, Ordering::Release);
+        let waited = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None);
+        self.pulse.asleep.store(false, Ordering::Release);
+        match waited {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return,
+            Err(error) => {
                 tracing::error!(%error, "epoll_wait failed");
+                return;
             }
-            return;
         }
         for event in events {
             let data = event.data.u64();
@@ -519,6 +558,29 @@ mod tests {
         until(|| seen.polls.load(Ordering::Relaxed) > 1000);
         worker.remove(id).unwrap();
         assert_eq!(seen.arms.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_worker_that_stands_still_in_a_system_call_is_nudged_out_of_it() {
+        vfio_glue::nudge::install().unwrap();
+        let worker = Worker::start(0, None).unwrap();
+        // Blocking and full: a write waits until somebody reads, and nobody does.
+        let trap = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&trap, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let (lane, _seen, _kick) = lane();
+        let id = worker.add(lane, Patience::Forever).unwrap();
+        std::thread::scope(|scope| {
+            let stuck = scope.spawn(|| {
+                worker
+                    .with(id, move |_| rustix::io::write(&trap, &1u64.to_ne_bytes()))
+                    .unwrap()
+            });
+            until(|| {
+                worker.check_pulse();
+                stuck.is_finished()
+            });
+            assert_eq!(stuck.join().unwrap(), Some(Err(rustix::io::Errno::INTR)));
+        });
     }
 
     #[test]

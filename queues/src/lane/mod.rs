@@ -17,7 +17,7 @@ mod stats;
 mod tx;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -214,10 +214,19 @@ impl GuestEnd {
 
     fn notify(&mut self) {
         let Some(call) = &mut self.call else { return };
-        // A full counter (EAGAIN) is a wake-up that is still pending, so it is as good as sent. Any other failure
-        // is the front-end's own descriptor failing it.
-        if call.write(&1u64.to_ne_bytes()).is_ok() {
-            self.stats.notifications.add(1);
+        match call.write(&1u64.to_ne_bytes()) {
+            Ok(_) => self.stats.notifications.add(1),
+            // Somebody saw this thread stand still and nudged it.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {
+                tracing::error!(
+                    lane = self.name,
+                    "its call descriptor blocks: the guest is no longer woken"
+                );
+                self.call = None;
+            }
+            // A full counter (EAGAIN) is a wake-up that is still pending, so it is as good as sent. Any other failure
+            // is the front-end's own descriptor failing it.
+            Err(_) => {}
         }
     }
 

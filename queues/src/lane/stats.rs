@@ -71,8 +71,6 @@ reasons! {
         NoRoom = "no-room",
         /// The card reported it damaged.
         Damaged = "damaged",
-        /// The device was reset while it held the frame.
-        Reset = "reset",
     }
 }
 

@@ -28,7 +28,7 @@ use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
 const BURST: usize = 32;
 /// Below this a frame has no Ethernet header.
 const RUNT: u32 = 14;
-/// Below this a card may refuse a frame, or pad it with bytes of whatever follows (`hardware` notes, 82576).
+/// Below this a card may refuse a frame, or pad it with bytes of whatever follows (82576 datasheet, §7.2.1).
 const PADDED: u32 = 17;
 /// What a padded frame is padded to.
 const PADDED_TO: u32 = 60;

@@ -3,7 +3,7 @@
 //! Extents are placed bottom-up in the usable ranges, congruent to their file offset modulo 1 GiB or 2 MiB when
 //! they are that large, so that the IOMMU can use superpages. 0 is never handed out: to a card it means nothing.
 //!
-//! Read with: DESIGN of this project in ARCHITECTURE.md; TRAPS 29, 30.
+//! Read with: ARCHITECTURE.md, "Memory map"; TRAPS 29, 30.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

@@ -6,7 +6,7 @@
 //!
 //! A table never changes; a memory change makes a new one and the lanes swap it between bursts. While a lane
 //! holds a table, every byte it names stays mapped in this process; that it stays mapped for the card is the
-//! map's promise (lanes let go first, DESIGN §5).
+//! map's promise (lanes let go first, ARCHITECTURE.md, "Memory map").
 //!
 //! Read with: virtio 1.2 §2.7.5; TRAPS 19, 20, 31, 41.
 
