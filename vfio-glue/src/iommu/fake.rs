@@ -3,7 +3,7 @@
 //!
 //! It says what it is (`none` with no translation of its own) and no configuration can choose it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,8 @@ struct State {
     usable: Option<Vec<RangeInclusive<u64>>>,
     devices: HashMap<String, Arc<dyn PciFunction>>,
     attached: Vec<DeviceAddress>,
-    calls_until_failure: Option<usize>,
+    /// Whether each of the next calls fails; those after them do not.
+    outcomes: VecDeque<bool>,
 }
 
 impl std::fmt::Debug for FakeKernel {
@@ -76,7 +77,19 @@ impl FakeKernel {
 
     /// Lets `calls` more calls succeed and fails the one after them, once.
     pub fn fail_after(&self, calls: usize) {
-        self.state().calls_until_failure = Some(calls);
+        self.fail_each(std::iter::repeat_n(false, calls).chain([true]));
+    }
+
+    /// Says of each of the next calls whether it fails. All that come after succeed, if nothing is wrong with them.
+    ///
+    /// A call is a map, an unmap, an attach, a question for the usable ranges or a detach.
+    pub fn fail_each(&self, fails: impl IntoIterator<Item = bool>) {
+        self.state().outcomes = fails.into_iter().collect();
+    }
+
+    /// The devices that are in, in the order in which they came.
+    pub fn attached(&self) -> Vec<DeviceAddress> {
+        self.state().attached.clone()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -86,17 +99,8 @@ impl FakeKernel {
 
 impl State {
     fn injected(&mut self) -> Option<io::Error> {
-        match &mut self.calls_until_failure {
-            Some(0) => {
-                self.calls_until_failure = None;
-                Some(io::Error::other("injected"))
-            }
-            Some(left) => {
-                *left -= 1;
-                None
-            }
-            None => None,
-        }
+        let fails = self.outcomes.pop_front().unwrap_or(false);
+        fails.then(|| io::Error::other("injected"))
     }
 
     fn check_map(&mut self, start: u64, len: u64) -> io::Result<()> {
@@ -128,6 +132,11 @@ impl State {
     }
 }
 
+fn call_failed(call: &'static str, object: impl ToString, source: io::Error) -> IommuError {
+    let object = object.to_string();
+    IommuError::Call { call, object, source }
+}
+
 /// The back end itself.
 #[derive(Debug)]
 struct FakeIommu(FakeKernel);
@@ -138,7 +147,11 @@ impl Iommu for FakeIommu {
     }
 
     fn usable_ranges(&self) -> Result<Option<Vec<RangeInclusive<u64>>>, IommuError> {
-        Ok(self.0.state().usable.clone())
+        let mut state = self.0.state();
+        match state.injected() {
+            Some(source) => Err(call_failed("fake ranges", "map", source)),
+            None => Ok(state.usable.clone()),
+        }
     }
 
     fn map(&mut self, request: &MapRequest) -> Result<MappedBy, IommuError> {
@@ -176,6 +189,13 @@ impl Iommu for FakeIommu {
 
     fn attach(&mut self, device: &DeviceAddress) -> Result<Arc<dyn PciFunction>, IommuError> {
         let mut state = self.0.state();
+        if let Some(source) = state.injected() {
+            return Err(call_failed("fake attach", device, source));
+        }
+        if state.attached.contains(device) {
+            let source = io::Error::other("it is in already");
+            return Err(call_failed("fake attach", device, source));
+        }
         let function = state.devices.get(&device.to_string()).cloned();
         let wrong = IommuError::WrongKind {
             iommu: "fake",
@@ -187,8 +207,15 @@ impl Iommu for FakeIommu {
     }
 
     fn detach(&mut self, device: &DeviceAddress) -> Result<(), IommuError> {
-        self.0.state().attached.retain(|other| other != device);
-        Ok(())
+        let mut state = self.0.state();
+        let before = state.attached.len();
+        state.attached.retain(|other| other != device);
+        let refused = if state.attached.len() == before {
+            Some(io::Error::other("it is not in"))
+        } else {
+            state.injected()
+        };
+        refused.map_or(Ok(()), |source| Err(call_failed("fake detach", device, source)))
     }
 
     fn pins_now(&self) -> bool {

@@ -16,6 +16,8 @@ mod budget;
 mod extent;
 mod files;
 mod iova;
+#[cfg(test)]
+mod model;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -934,6 +936,17 @@ mod tests {
 
         map.remove_region("vm0", &second).unwrap();
         assert_eq!(kernel.mapped(), vec![stuck]);
+    }
+
+    #[test]
+    fn a_region_let_go_twice_takes_nothing_from_the_one_in_its_place() {
+        let (kernel, map) = fake();
+        let first = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        map.remove_region("vm0", &first).unwrap();
+        let second = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        assert_eq!(first.pieces[0].iova, second.pieces[0].iova);
+        map.remove_region("vm0", &first).unwrap();
+        assert_eq!(kernel.mapped().len(), 1);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Region {
 }
 
 /// The part of one extent that a region shows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct RegionPiece {
     pub(crate) extent: Arc<Extent>,
     /// Where the card finds the first byte.
