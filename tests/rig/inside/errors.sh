@@ -4,20 +4,20 @@
 
 # says NAME PATTERN OPTION..: our process ends by itself with an error, and prints what matches.
 says() {
-	local name=$1 pattern=$2 status=0
+	# A log of its own: another of our processes may be writing the usual one.
+	local name=$1 pattern=$2 status=0 log=$LOGS/backend-$1.log
 	shift 2
-	timeout 20 "$PROGRAM" --socket-path "$SOCKET" --control "$CONTROL" "$@" >"$LOGS/backend.log" 2>&1 || status=$?
+	timeout 20 "$PROGRAM" --socket-path "$SOCKET" --control "$CONTROL" "$@" >"$log" 2>&1 || status=$?
 	case $status in
-	0 | 101 | 124 | 13[0-9]) not_ok "$name" "ended with status $status: $(tail -n 1 "$LOGS/backend.log")" ;;
+	0 | 101 | 124 | 13[0-9]) not_ok "$name" "ended with status $status: $(tail -n 1 "$log")" ;;
 	*)
-		if tr '\n' ' ' <"$LOGS/backend.log" | grep -qE "$pattern"; then
-			ok "$name" "$(grep -vE 'DEBUG|INFO' "$LOGS/backend.log" | tr -s '\n ' ' ')"
+		if tr '\n' ' ' <"$log" | grep -qE "$pattern"; then
+			ok "$name" "$(grep -vE 'DEBUG|INFO' "$log" | tr -s '\n ' ' ')"
 		else
-			not_ok "$name" "not in the words of /$pattern/: $(tail -n 3 "$LOGS/backend.log" | tr '\n' ' ')"
+			not_ok "$name" "not in the words of /$pattern/: $(tail -n 3 "$log" | tr '\n' ' ')"
 		fi
 		;;
 	esac
-	cp "$LOGS/backend.log" "$LOGS/backend-$name.log"
 }
 
 first=$(card 1)
@@ -45,10 +45,10 @@ else
 	not_ok group-not-viable "the rig's two cards are not in one group"
 fi
 
-says socket-folder "/run/nowhere" --device "$first" --socket-path /run/nowhere/vm0.sock
+SOCKET=/run/nowhere/vm0.sock says socket-folder "/run/nowhere" --device "$first"
 if backend_start "$first"; then
 	SOCKET=$RUN/vuv/other.sock CONTROL=$RUN/vuv/other-control.sock says device-busy "$first" --device "$first"
-	says socket-in-use "$SOCKET" --device tap:busy0
+	CONTROL=$RUN/vuv/other-control.sock says socket-in-use "$SOCKET" --device tap:busy0
 	check still-stops backend_stop
 else
 	not_ok start "$(tail -n 1 "$LOGS/backend.log")"

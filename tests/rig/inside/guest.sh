@@ -36,7 +36,8 @@ guest_initramfs() {
 }
 
 guest_says() { grep -q "^guest: $1" "$LOGS/guest.console"; }
-told() { grep -m 1 "^guest: $1" "$LOGS/guest.console" | cut -d' ' -f3-; }
+# A serial console ends its lines with a carriage return too.
+told() { grep -m 1 "^guest: $1" "$LOGS/guest.console" | tr -d '\r' | cut -d' ' -f3-; }
 
 bind_to "$(card 1)" vfio-pci
 peer_up
@@ -47,7 +48,8 @@ guest_initramfs >"$RUN/guest.cpio.gz"
 head -c ${file_kib}K /dev/urandom >"$RUN/file"
 sum=$(sha256sum <"$RUN/file")
 busybox nc -l -p 7001 <"$RUN/file" >/dev/null &
-busybox nc -l -p 7002 >"$RUN/back" </dev/null &
+# Its standard input stays open: at its end nc would close its side, and the guest's would stop sending.
+busybox nc -l -p 7002 >"$RUN/back" < <(sleep 3600) &
 receiver=$!
 
 if ! backend_start "$(card 1)" --iommu "$iommu"; then

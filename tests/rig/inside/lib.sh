@@ -82,7 +82,7 @@ hugepages() {
 
 # ---- the back end ---------------------------------------------------------------------------------------------
 
-# Starts our process on a card with further options and waits for its socket. Sets BACKEND.
+# Starts our process on a card with further options and waits until it serves. Sets BACKEND.
 # As somebody else: BACKEND_AS="prlimit .. setpriv .." (a command that runs another).
 backend_start() {
 	local address=$1
@@ -95,9 +95,13 @@ backend_start() {
 			>"$LOGS/backend.log" 2>&1 &
 	fi
 	BACKEND=$!
-	backend_is_up_or_gone() { [ -S "$SOCKET" ] || ! kill -0 $BACKEND; }
-	wait_for 30 "the back end's socket" backend_is_up_or_gone
-	[ -S "$SOCKET" ] || { tail -n 5 "$LOGS/backend.log" && return 1; }
+	# Sockets are bound before devices are opened, so a socket alone says little.
+	backend_is_up() {
+		if [ -n "${RIG_STAND_IN:-}" ]; then [ -S "$SOCKET" ]; else grep -q ' ready ' "$LOGS/backend.log"; fi
+	}
+	backend_is_up_or_gone() { backend_is_up || ! kill -0 $BACKEND; }
+	wait_for 30 "the back end to be ready" backend_is_up_or_gone
+	backend_is_up || { tail -n 5 "$LOGS/backend.log" && return 1; }
 }
 
 # DPDK's vhost and igb drivers in our place: shows that the rig works, whatever our process does.

@@ -21,7 +21,7 @@ one_iommu() {
 	shift
 	chown root:root "$@"
 	chmod 0600 "$@"
-	check "$iommu-no-permission" refused "$1" "$iommu" "$fits"
+	check "$iommu-no-permission" refused "$iommu" "$@"
 	chown $user:$user "$@"
 
 	BACKEND_AS=$(as_user $fits)
@@ -49,15 +49,17 @@ one_iommu() {
 	cp "$LOGS/backend.log" "$LOGS/backend-$iommu-too-small.log"
 }
 
-# Ends with an error that names the node.
+# Ends with an error that names a node, any of those given.
 refused() {
-	BACKEND_AS=$(as_user "$3")
-	if backend_start "$(card 1)" --iommu "$2" >/dev/null; then
+	local iommu=$1
+	shift
+	BACKEND_AS=$(as_user "$fits")
+	if backend_start "$(card 1)" --iommu "$iommu" >/dev/null; then
 		backend_stop
-		echo "it started, though $1 is root's"
+		echo "it started, though $* are root's"
 		return 1
 	fi
-	grep -F -m 1 "$1" "$LOGS/backend.log"
+	grep -F -m 1 "$(printf '%s\n' "$@")" "$LOGS/backend.log" || { tail -n 1 "$LOGS/backend.log" && return 1; }
 }
 
 hugepages 400
