@@ -17,13 +17,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    SendFlags, recvmsg, send, sendmsg,
 };
 
 use super::PATIENCE;
-use super::event::wait_readable;
+use super::event::{wait_readable, wait_writable};
 
 /// Front-end message numbers (vhost-user, "Front-end message types").
 pub mod request {
@@ -140,7 +141,12 @@ impl Connection {
         Self::over(listener.accept()?.0)
     }
 
-    fn over(stream: UnixStream) -> Result<Self> {
+    /// Takes a socket that is connected already.
+    ///
+    /// # Errors
+    ///
+    /// What setting its timeouts reports.
+    pub fn over(stream: UnixStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(Self {
@@ -204,6 +210,30 @@ impl Connection {
     pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         let len = u32::try_from(body.len()).expect("a message is small");
         self.send_bytes(&message(request, VERSION | flags, len, body), fds)
+    }
+
+    /// Sends one message over and over, reading nothing, until the back end takes no more; returns how often it went
+    /// out.
+    ///
+    /// # Errors
+    ///
+    /// If the connection ended.
+    pub fn flood(&self, request: u32, body: &[u8]) -> Result<u64> {
+        // A back end that still reads makes room long before this.
+        const STUCK: Duration = Duration::from_millis(500);
+        let len = u32::try_from(body.len()).expect("a message is small");
+        let bytes = message(request, VERSION, len, body);
+        let mut count = 0;
+        while wait_writable(self.stream.as_fd(), STUCK) {
+            match send(&self.stream, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent) if sent == bytes.len() => count += 1,
+                Ok(_) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                // poll(2) saw room that another message took up in the meantime, or not enough of it.
+                Err(Errno::AGAIN) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+        Ok(count)
     }
 
     /// Sends bytes as they are, with descriptors on the first of them.

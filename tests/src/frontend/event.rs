@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// An eventfd, non-blocking as QEMU and DPDK make them.
 #[derive(Debug)]
@@ -29,6 +30,24 @@ impl Event {
         let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd can be made");
         rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).expect("an eventfd takes its maximum");
         Self(event)
+    }
+
+    /// Fills it and has it block who adds to it, for everybody who holds it: a trap set after it was handed over.
+    ///
+    /// # Panics
+    ///
+    /// If its flags cannot be changed.
+    pub fn fill_and_block(&self) {
+        let set = |wanted: fn(OFlags) -> OFlags| {
+            let flags = fcntl_getfl(&self.0).expect("an open descriptor has flags");
+            fcntl_setfl(&self.0, wanted(flags)).expect("flags of our own descriptor");
+        };
+        set(|flags| flags | OFlags::NONBLOCK);
+        // The other side may add at any moment: empty it until the maximum fits.
+        while rustix::io::write(&self.0, &(u64::MAX - 1).to_ne_bytes()).is_err() {
+            self.take();
+        }
+        set(|flags| flags - OFlags::NONBLOCK);
     }
 
     /// Signals once.
@@ -73,8 +92,21 @@ impl AsFd for Event {
 ///
 /// If poll itself fails.
 pub fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> bool {
+    wait_for(fd, PollFlags::IN, limit)
+}
+
+/// Waits until `fd` takes more; false if `limit` passes first.
+///
+/// # Panics
+///
+/// If poll itself fails.
+pub fn wait_writable(fd: BorrowedFd<'_>, limit: Duration) -> bool {
+    wait_for(fd, PollFlags::OUT, limit)
+}
+
+fn wait_for(fd: BorrowedFd<'_>, what: PollFlags, limit: Duration) -> bool {
     let limit = Timespec::try_from(limit).expect("a bound in seconds");
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
     loop {
         match poll(&mut fds, Some(&limit)) {
             Ok(ready) => return ready != 0,

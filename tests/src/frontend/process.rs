@@ -73,7 +73,12 @@ impl Process {
         });
     }
 
-    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
+    /// Waits until `is_so`; `what` says it in words.
+    ///
+    /// # Panics
+    ///
+    /// If the process ends first, or it is not so within the bound.
+    pub fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !is_so(self) {
             // The pidfd becomes readable when the process ends, so an early death is seen at once.
@@ -92,6 +97,26 @@ impl Process {
                 self.output()
             );
         }
+    }
+
+    /// Waits until the process has ended of itself.
+    ///
+    /// # Panics
+    ///
+    /// If it does not within the bound.
+    pub fn wait_ended(&mut self) -> ExitStatus {
+        assert!(
+            wait_readable(self.pidfd.as_fd(), PATIENCE),
+            "{} does not end; it printed:\n{}",
+            self.name,
+            self.output()
+        );
+        self.child.wait().expect("our child can be waited for")
+    }
+
+    /// What procfs knows of the process: a folder.
+    pub fn procfs(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.child.id()))
     }
 
     /// Whether the process still runs.
@@ -120,16 +145,24 @@ impl Process {
     ///
     /// If the process has ended.
     pub fn cpu_ticks(&self) -> u64 {
-        let stat =
-            std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a live process");
-        // Fields 14 and 15, counted after the name, which may hold spaces (proc(5)).
-        let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
-        after_name
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .map(|field| field.parse::<u64>().expect("a number"))
-            .sum()
+        ticks_in(&std::fs::read_to_string(self.procfs().join("stat")).expect("a live process"))
+    }
+
+    /// Processor time used so far by each thread there is, in clock ticks, with the thread's name.
+    ///
+    /// # Panics
+    ///
+    /// If the process has ended.
+    pub fn cpu_ticks_of_threads(&self) -> Vec<(String, u64)> {
+        let threads = std::fs::read_dir(self.procfs().join("task")).expect("a live process");
+        threads
+            .filter_map(|thread| {
+                // A thread may end while we look.
+                let stat = std::fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
+                let name = stat.split_once('(')?.1.rsplit_once(')')?.0;
+                Some((name.to_owned(), ticks_in(&stat)))
+            })
+            .collect()
     }
 
     /// What the process has printed so far.
@@ -146,6 +179,18 @@ impl Drop for Process {
             eprintln!("--- {} printed:\n{}---", self.name, self.output());
         }
     }
+}
+
+/// User and system time in the text of a `stat` file: fields 14 and 15, counted after the name, which may hold
+/// spaces (proc(5)).
+fn ticks_in(stat: &str) -> u64 {
+    let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
+    after_name
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().expect("a number"))
+        .sum()
 }
 
 /// Reads /proc/net/unix, where a listening socket has the flag __SO_ACCEPTCON.

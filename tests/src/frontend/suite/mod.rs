@@ -191,6 +191,16 @@ impl Running {
         }
     }
 
+    /// The path of the vhost-user socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The folder its processes live in.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The processes of the back end.
     pub fn processes(&mut self) -> &mut Vec<Process> {
         &mut self.processes
@@ -495,7 +505,11 @@ fn is_hang_up(error: &ConnectionError) -> bool {
 }
 
 /// Checks that `result` is a refusal: an error reply, or the end of the connection.
-fn assert_refused(result: Result<(), ConnectionError>, what: &str) {
+///
+/// # Panics
+///
+/// If it is not.
+pub fn assert_refused(result: Result<(), ConnectionError>, what: &str) {
     match result {
         Err(ConnectionError::Refused { .. }) => {}
         Err(error) if is_hang_up(&error) => {}
@@ -507,7 +521,11 @@ fn assert_refused(result: Result<(), ConnectionError>, what: &str) {
 /// order; returns how many came.
 ///
 /// Every buffer is posted again, for more frames may be on their way than the guest has buffers.
-fn receive_up_to(rx: &mut Rx, wire: &Wire, last: u64) -> usize {
+///
+/// # Panics
+///
+/// If a frame is damaged, out of order or missing.
+pub fn receive_up_to(rx: &mut Rx, wire: &Wire, last: u64) -> usize {
     let (mut count, mut highest, mut sent) = (0, None, false);
     loop {
         // A full wire holds frames, so waiting for one of them cannot fail.
