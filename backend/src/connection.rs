@@ -31,6 +31,8 @@ const MESSAGE_BOUND: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(1);
 /// How long a region that was taken away may take to come back with other bounds. QEMU sends both in one go.
 const REGION_BOUND: Duration = Duration::from_millis(200);
+/// How often to look whether announced memory is still there.
+const MEMORY_BEAT: Duration = Duration::from_secs(2);
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
@@ -64,9 +66,13 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {
-        let patience = session.regions_in_motion().then_some(REGION_BOUND);
-        match stop.wait(Some(peek.as_fd()), patience) {
+        let in_motion = session.regions_in_motion();
+        let patience = if in_motion { REGION_BOUND } else { MEMORY_BEAT };
+        match stop.wait(Some(peek.as_fd()), Some(patience)) {
             Woken::Stop => return End::Stopped,
+            Woken::Timeout if session.has_lost_memory() => {
+                return End::Broken("its memory file was cut short while it was mapped".to_owned());
+            }
             Woken::Timeout => {
                 session.regions_at_rest();
                 continue;

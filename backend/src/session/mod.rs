@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use queues::lane::MissingMemory;
 use queues::nic::NicError;
 use vfio_glue::map::MapError;
-use vfio_glue::memory::{Region, Table, VirtqMemoryError, guard};
+use vfio_glue::memory::{Region, Table, VirtqMemoryError};
 
 use self::vring::Vring;
 use crate::port::{Occupant, Port, PortError};
@@ -167,7 +167,6 @@ pub enum SessionError {
 #[derive(Debug)]
 pub struct Session {
     port: Arc<Port>,
-    replaced_before: u64,
     refusals: AtomicU64,
     state: Mutex<State>,
 }
@@ -189,7 +188,6 @@ impl Session {
         let vrings = (0..port.queues()).map(|_| Vring::default()).collect();
         let session = Arc::new(Self {
             port,
-            replaced_before: guard::replaced_pages(),
             refusals: AtomicU64::new(0),
             state: Mutex::new(State {
                 features: 0,
@@ -237,11 +235,23 @@ impl Session {
         }
     }
 
+    /// Whether the front-end has taken away memory that it had announced, by cutting its file short. What is left is of
+    /// no use to anybody: the session should end.
+    pub fn has_lost_memory(&self) -> bool {
+        self.state().table.lost_memory()
+    }
+
     /// Ends the session: all lanes stop, then the guest's memory leaves the map. Nothing touches it afterwards.
     ///
     /// If the device cannot be stopped, its memory stays mapped until it can.
     pub fn close(&self) {
         let mut state = self.state();
+        if state.table.lost_memory() {
+            tracing::warn!(
+                port = self.port.name(),
+                "its guest's memory file was cut short while it was mapped"
+            );
+        }
         match self.stop_all(&mut state) {
             Ok(()) => self.forget_memory(&mut state),
             Err(error) => {
@@ -250,15 +260,6 @@ impl Session {
                 state.table = Arc::default();
                 self.port.abandon(std::mem::take(&mut state.regions));
             }
-        }
-        let replaced = guard::replaced_pages() - self.replaced_before;
-        if replaced > 0 {
-            // Counted for the process: with several ports it may have been another's file.
-            tracing::warn!(
-                port = self.port.name(),
-                replaced,
-                "memory was lost: a file was cut short while mapped"
-            );
         }
         self.port.vacate();
     }
