@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! tx.rs   guest → wire        rx.rs   wire → guest
-//! bounce.rs  the private slots for what the card cannot reach in place
+//! guest.rs   the end both directions share   bounce.rs  the private slots for what the card cannot reach in place
 //! stats.rs   what is counted
 //! ```
 //!
@@ -10,6 +10,7 @@
 //! [`Lane::stop`] returns nothing of ours and nothing of the card's touches guest memory.
 
 mod bounce;
+mod guest;
 #[cfg(test)]
 mod hostile;
 mod rx;
@@ -17,20 +18,20 @@ mod stats;
 mod tx;
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::Table;
 
-use self::bounce::Slots;
 pub use rx::RxLane;
 pub use stats::{Bounce, Counter, Drop, LaneStats};
 pub use tx::TxLane;
 
-use crate::nic::NicError;
-use crate::virtq::{Chain, ChainError, Virtq, VirtqError};
+use self::bounce::Slots;
+use self::guest::GuestEnd;
+use crate::nic::{NicError, Ring};
+use crate::virtq::{Virtq, VirtqError};
 
 /// What a lane is made from.
 #[derive(Debug)]
@@ -103,13 +104,6 @@ pub struct Stuck {
     slots: Slots,
 }
 
-impl Stopped {
-    fn new(first_unused: u16, card: Result<(), NicError>, slots: Slots) -> Self {
-        let card = card.map_err(|source| Stuck { source, slots });
-        Self { first_unused, card }
-    }
-}
-
 /// A lane as a worker drives it.
 pub trait Lane: Send {
     /// For logs.
@@ -129,7 +123,7 @@ pub trait Lane: Send {
     /// The card's interrupt.
     fn interrupt_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Takes note of a readable kick descriptor.
+    /// Takes note of a readable kick descriptor. It is not read: its edges tell enough, and a read could be made to wait.
     fn take_kick(&mut self);
 
     /// Takes note of a readable interrupt descriptor.
@@ -168,143 +162,120 @@ pub trait Lane: Send {
     fn stop(self: Box<Self>) -> Stopped;
 }
 
-/// The parts both directions share: the guest's end of the lane.
-#[derive(Debug)]
-struct GuestEnd {
-    name: String,
-    virtq: Virtq,
-    table: Arc<Table>,
-    header_len: u32,
-    kick: Option<File>,
-    call: Option<File>,
-    err: Option<File>,
-    stats: Arc<LaneStats>,
-    map: Arc<MemoryMap>,
-    missing_memory: MissingMemory,
-    /// A chain waits for memory; only a command brings it.
-    waits_for_memory: bool,
-    retired: bool,
+/// What differs between the directions. Everything else a lane does is written once, right below.
+trait Way: Send {
+    type Ring: Ring;
+
+    fn guest(&self) -> &GuestEnd;
+    fn guest_mut(&mut self) -> &mut GuestEnd;
+    fn ring(&self) -> &Self::Ring;
+    fn ring_mut(&mut self) -> &mut Self::Ring;
+
+    /// One pass over a lane that is not retired.
+    fn pass(&mut self) -> Result<Progress, VirtqError>;
+
+    /// Asks the guest for kicks and looks once more, the card's interrupt being armed; whether there is work already.
+    fn last_look(&mut self) -> Result<bool, VirtqError>;
+
+    fn follow_link(&mut self, up: bool) -> Result<(), NicError>;
+
+    /// Stops the card's queue and gives the guest what it completed. After an error the card may still use what it
+    /// holds, so nothing of that is forgotten.
+    fn quiesce(&mut self) -> Result<(), NicError>;
+
+    /// Ends the lane: the ring goes to its berth, and what of ours the card may have been using is returned.
+    fn part(self: Box<Self>) -> (GuestEnd, Slots);
 }
 
-impl GuestEnd {
-    fn new(setup: LaneSetup) -> Self {
-        Self {
-            name: setup.name,
-            virtq: setup.virtq,
-            table: setup.table,
-            header_len: setup.header_len,
-            kick: setup.kick,
-            call: setup.call,
-            err: setup.err,
-            stats: setup.stats,
-            map: setup.map,
-            missing_memory: setup.missing_memory,
-            waits_for_memory: false,
-            retired: false,
-        }
+impl<W: Way> Lane for W {
+    fn name(&self) -> &str {
+        &self.guest().name
     }
 
-    /// Publishes what was given back and wakes the guest if it wants that.
-    #[inline]
-    fn publish(&mut self) {
-        if self.virtq.publish() {
-            self.notify();
+    fn poll(&mut self) -> Progress {
+        if self.guest().retired {
+            return Progress::Retired;
         }
-    }
-
-    fn notify(&mut self) {
-        let Some(call) = &mut self.call else { return };
-        match call.write(&1u64.to_ne_bytes()) {
-            Ok(_) => self.stats.notifications.add(1),
-            // Somebody saw this thread stand still and nudged it.
-            Err(error) if error.kind() == ErrorKind::Interrupted => {
-                tracing::error!(
-                    lane = self.name,
-                    "its call descriptor blocks: the guest is no longer woken"
-                );
-                self.call = None;
+        match self.pass() {
+            Ok(Progress::Moved) => {
+                self.guest_mut().stats.bursts.add(1);
+                // It is polled again, so nobody need wake it.
+                self.ring_mut().disarm();
+                self.guest_mut().virtq.refuse_kicks();
+                Progress::Moved
             }
-            // A full counter (EAGAIN) is a wake-up that is still pending, so it is as good as sent. Any other failure
-            // is the front-end's own descriptor failing it.
-            Err(_) => {}
-        }
-    }
-
-    /// Retires the lane, says so, and tells the front-end. A guest that breaks its ring over and over is logged ever
-    /// more rarely.
-    fn retire(&mut self, why: &dyn std::error::Error) {
-        if std::mem::replace(&mut self.retired, true) {
-            return;
-        }
-        self.stats.errors.add(1);
-        let times = self.stats.errors.get();
-        if times < 10 || times.is_power_of_two() {
-            let cause = why
-                .source()
-                .map(|source| format!(": {source}"))
-                .unwrap_or_default();
-            tracing::error!(lane = self.name, times, "retired: {why}{cause}");
-        }
-        if let Some(err) = &mut self.err {
-            // Nobody may be listening, and the log line stands.
-            let _ = err.write(&1u64.to_ne_bytes());
-        }
-    }
-
-    /// Takes the next chain, or `None` if there is none or it has to wait for memory.
-    #[inline]
-    fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
-        match self.virtq.pop(&self.table, chain) {
-            Err(VirtqError::Chain { source, .. }) if self.awaits(&source) => {
-                self.waits_for_memory = true;
-                Ok(None)
+            Ok(progress) => progress,
+            Err(error) => {
+                self.guest_mut().retire(&error);
+                Progress::Retired
             }
-            popped => popped,
         }
     }
 
-    /// Puts the chain just taken back if it only has to wait for memory; else its error breaks the ring.
-    #[cold]
-    fn put_back_or_break(&mut self, head: u16, source: ChainError) -> Result<(), VirtqError> {
-        if self.awaits(&source) {
-            self.waits_for_memory = true;
-            self.virtq.untake();
-            return Ok(());
+    fn arm(&mut self) -> bool {
+        if self.guest().retired {
+            return false;
         }
-        Err(VirtqError::Chain { head, source })
-    }
-
-    /// Whether `error` only says that memory is not there yet.
-    fn awaits(&self, error: &ChainError) -> bool {
-        let missing = matches!(
-            error,
-            ChainError::Memory { .. } | ChainError::IndirectMemory { .. }
-        );
-        missing && self.missing_memory == MissingMemory::IsAwaited
-    }
-
-    fn retire_broken(&mut self, why: &VirtqError) -> Progress {
-        self.retire(why);
-        Progress::Retired
+        self.ring_mut().arm();
+        self.last_look().unwrap_or_else(|error| {
+            self.guest_mut().retire(&error);
+            false
+        })
     }
 
     fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.kick.as_ref().map(AsFd::as_fd)
+        self.guest().kick.as_ref().map(AsFd::as_fd)
     }
 
-    fn set_table(&mut self, table: Arc<Table>) {
-        self.table = table;
-        self.waits_for_memory = false;
+    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.ring().wake_fd()
     }
 
-    fn set_missing_memory(&mut self, meaning: MissingMemory) {
-        self.missing_memory = meaning;
-        self.waits_for_memory = false;
+    fn take_kick(&mut self) {
+        self.guest().stats.kicks.add(1);
+    }
+
+    fn take_interrupt(&mut self) {
+        let count = self.ring_mut().acknowledge();
+        self.guest().stats.interrupts.add(count);
+    }
+
+    fn count_sleep(&mut self) {
+        self.guest().stats.sleeps.add(1);
     }
 
     fn set_call(&mut self, call: Option<File>) {
-        self.call = call;
-        self.virtq.force_notification();
-        self.publish();
+        self.guest_mut().set_call(call);
+    }
+
+    fn set_err(&mut self, err: Option<File>) {
+        self.guest_mut().err = err;
+    }
+
+    fn set_table(&mut self, table: Arc<Table>) {
+        self.guest_mut().set_table(table);
+    }
+
+    fn set_missing_memory(&mut self, meaning: MissingMemory) {
+        self.guest_mut().set_missing_memory(meaning);
+    }
+
+    fn set_link(&mut self, up: bool) -> Result<(), NicError> {
+        if self.guest().retired {
+            Ok(())
+        } else {
+            self.follow_link(up)
+        }
+    }
+
+    fn stop(mut self: Box<Self>) -> Stopped {
+        let card = self.quiesce();
+        self.guest_mut().publish();
+        let (guest, slots) = self.part();
+        let card = card.map_err(|source| Stuck { source, slots });
+        Stopped {
+            first_unused: guest.virtq.first_unused(),
+            card,
+        }
     }
 }

@@ -12,17 +12,15 @@
 //! Read with: virtio 1.2 §5.1.6.3, §5.1.6.4; TRAPS 1, 3, 4, 43.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use vfio_glue::address::{GuestAddress, Iova};
-use vfio_glue::memory::{HostSlice, Table, TableHint};
+use vfio_glue::memory::HostSlice;
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
+use super::guest::GuestEnd;
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
-use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
+use super::{LaneSetup, Progress, Way};
 use crate::net_header;
 use crate::nic::{Berth, NicError, Received, RxRing, Transfer, Verdict};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
@@ -37,13 +35,11 @@ pub struct RxLane<R: RxRing> {
     ring: R,
     berth: Berth<R>,
     chain: Chain,
-    hint: TableHint,
     /// Chains with the card, oldest first, in the order of its ring.
     posted: VecDeque<Buffers>,
     slots: Slots,
     /// Lists of buffers for reuse, so that odd chains cost no allocation either.
     spare_lists: Vec<Vec<Buffer>>,
-    link_up: bool,
 }
 
 /// A chain with the card.
@@ -93,12 +89,10 @@ impl<R: RxRing> RxLane<R> {
         let slots = u16::try_from(ring.room()).unwrap_or(u16::MAX).min(size);
         let mut lane = Self {
             slots: Slots::new(&setup.name, slots),
-            link_up: setup.link_up,
             guest: GuestEnd::new(setup),
             ring,
             berth,
             chain: Chain::with_room_for(size),
-            hint: TableHint::default(),
             posted: VecDeque::with_capacity(size.into()),
             spare_lists: Vec::new(),
         };
@@ -143,7 +137,10 @@ impl<R: RxRing> RxLane<R> {
         // The usual chain: header and frame in one buffer, in one piece.
         if let [first, ..] = self.chain.writable()
             && first.len >= whole
-            && let Some(piece) = self.guest.table.lookup(&mut self.hint, first.addr, first.len)
+            && let Some(piece) = self
+                .guest
+                .table
+                .lookup(&mut self.guest.hint, first.addr, first.len)
             && piece.len() == first.len as usize
         {
             let iova = piece.iova.offset(u64::from(header_len));
@@ -166,19 +163,19 @@ impl<R: RxRing> RxLane<R> {
         for buffer in self.chain.writable() {
             let in_header = header_left.min(buffer.len);
             let in_frame = frame_left.min(buffer.len - in_header);
-            if !is_memory(table, &mut self.hint, buffer.addr, buffer.len) {
+            if !is_memory(table, &mut self.guest.hint, buffer.addr, buffer.len) {
                 let (start, len) = (buffer.addr.0, buffer.len);
                 return Err(ChainError::Memory { start, len });
             }
             if in_header == header_len {
-                let piece = table.lookup(&mut self.hint, buffer.addr, header_len);
+                let piece = table.lookup(&mut self.guest.hint, buffer.addr, header_len);
                 header = piece
                     .filter(|piece| piece.len() == header_len as usize)
                     .map(|_| buffer.addr);
             }
             if frame_at.is_none() && in_frame > 0 {
                 let start = GuestAddress(buffer.addr.0.wrapping_add(u64::from(in_header)));
-                let piece = table.lookup(&mut self.hint, start, in_frame);
+                let piece = table.lookup(&mut self.guest.hint, start, in_frame);
                 frame_at = Some(
                     piece
                         .filter(|piece| piece.len() == need as usize)
@@ -299,7 +296,7 @@ impl<R: RxRing> RxLane<R> {
     fn write_header(&mut self, header: GuestAddress) -> bool {
         let header_len = self.guest.header_len;
         // In one piece when it was posted; a table that no longer has it in one piece took the buffer back first.
-        match self.guest.table.lookup(&mut self.hint, header, header_len) {
+        match self.guest.table.lookup(&mut self.guest.hint, header, header_len) {
             Some(piece) if piece.len() == header_len as usize => {
                 net_header::write_received(piece.host);
                 true
@@ -348,7 +345,7 @@ impl<R: RxRing> RxLane<R> {
 
     /// Copies `bytes` into the buffers, starting `skip` bytes in.
     fn scatter(&self, buffers: &[Buffer], skip: u32, bytes: &[u8]) {
-        let mut hint = self.hint;
+        let mut hint = self.guest.hint;
         let mut skip = skip;
         let mut left = bytes;
         for buffer in buffers {
@@ -370,9 +367,62 @@ impl<R: RxRing> RxLane<R> {
             }
         }
     }
+}
 
-    /// Stops the card's queue, passes on what it completed, takes the rest back. After an error the card may still
-    /// write, so nothing of what it holds is forgotten.
+impl<R: RxRing> Way for RxLane<R> {
+    type Ring = R;
+
+    fn guest(&self) -> &GuestEnd {
+        &self.guest
+    }
+
+    fn guest_mut(&mut self) -> &mut GuestEnd {
+        &mut self.guest
+    }
+
+    fn ring(&self) -> &R {
+        &self.ring
+    }
+
+    fn ring_mut(&mut self) -> &mut R {
+        &mut self.ring
+    }
+
+    fn pass(&mut self) -> Result<Progress, VirtqError> {
+        let given = self.deliver(BURST);
+        let posted = self.refill();
+        self.ring.flush();
+        if given > 0 {
+            self.guest.publish();
+        }
+        if given + posted? > 0 {
+            return Ok(Progress::Moved);
+        }
+        match self.slots.failure() {
+            Some(error) => {
+                self.guest.retire(&error);
+                Ok(Progress::Retired)
+            }
+            None => Ok(Progress::Idle),
+        }
+    }
+
+    fn last_look(&mut self) -> Result<bool, VirtqError> {
+        // Kicks matter only while the card has room for more buffers (TRAPS 44).
+        let more = self.ring.room() > 0 && self.guest.virtq.ask_for_kicks()?;
+        let given = self.deliver(BURST);
+        if given > 0 {
+            self.guest.publish();
+        }
+        // Memory that is awaited comes with a command.
+        Ok(given > 0 || self.slots.is_awaited() || (more && !self.guest.waits_for_memory))
+    }
+
+    fn follow_link(&mut self, _up: bool) -> Result<(), NicError> {
+        // Buffers stay with the card: without a link nothing arrives.
+        Ok(())
+    }
+
     fn quiesce(&mut self) -> Result<(), NicError> {
         let stopped = self.ring.stop();
         self.deliver(usize::from(u16::MAX));
@@ -381,124 +431,9 @@ impl<R: RxRing> RxLane<R> {
         Ok(())
     }
 
-    fn disarm(&mut self) {
-        self.ring.disarm();
-        self.guest.virtq.refuse_kicks();
-    }
-}
-
-impl<R: RxRing> Lane for RxLane<R> {
-    fn name(&self) -> &str {
-        &self.guest.name
-    }
-
-    fn poll(&mut self) -> Progress {
-        if self.guest.retired {
-            return Progress::Retired;
-        }
-        let given = self.deliver(BURST);
-        let posted = self.refill();
-        self.ring.flush();
-        if given > 0 {
-            self.guest.publish();
-            self.guest.stats.bursts.add(1);
-        }
-        match posted {
-            Err(error) => self.guest.retire_broken(&error),
-            Ok(posted) if given + posted > 0 => {
-                self.disarm();
-                Progress::Moved
-            }
-            Ok(_) => match self.slots.failure() {
-                Some(error) => {
-                    self.guest.retire(&error);
-                    Progress::Retired
-                }
-                None => Progress::Idle,
-            },
-        }
-    }
-
-    fn arm(&mut self) -> bool {
-        if self.guest.retired {
-            return false;
-        }
-        self.ring.arm();
-        // Kicks matter only while the card has room for more buffers (TRAPS 44).
-        let mut more = false;
-        if self.ring.room() > 0 {
-            more = match self.guest.virtq.ask_for_kicks() {
-                Ok(more) => more,
-                Err(error) => {
-                    self.guest.retire_broken(&error);
-                    return false;
-                }
-            };
-        }
-        let given = self.deliver(BURST);
-        if given > 0 {
-            self.guest.publish();
-        }
-        // Memory that is awaited comes with a command.
-        given > 0 || self.slots.is_awaited() || (more && !self.guest.waits_for_memory)
-    }
-
-    fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.guest.kick_fd()
-    }
-
-    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.wake_fd()
-    }
-
-    fn take_kick(&mut self) {
-        self.guest.stats.kicks.add(1);
-    }
-
-    fn take_interrupt(&mut self) {
-        let count = self.ring.acknowledge();
-        self.guest.stats.interrupts.add(count);
-    }
-
-    fn count_sleep(&mut self) {
-        self.guest.stats.sleeps.add(1);
-    }
-
-    fn set_call(&mut self, call: Option<File>) {
-        self.guest.set_call(call);
-    }
-
-    fn set_err(&mut self, err: Option<File>) {
-        self.guest.err = err;
-    }
-
-    fn set_table(&mut self, table: Arc<Table>) {
-        self.guest.set_table(table);
-        self.hint = TableHint::default();
-    }
-
-    fn set_missing_memory(&mut self, meaning: MissingMemory) {
-        self.guest.set_missing_memory(meaning);
-    }
-
-    fn set_link(&mut self, up: bool) -> Result<(), NicError> {
-        // Buffers stay with the card: without a link nothing arrives.
-        self.link_up = up;
-        Ok(())
-    }
-
-    fn stop(mut self: Box<Self>) -> Stopped {
-        let card = self.quiesce();
-        self.guest.publish();
-        let Self {
-            guest,
-            ring,
-            berth,
-            slots,
-            ..
-        } = *self;
-        berth.put(ring);
-        Stopped::new(guest.virtq.first_unused(), card, slots)
+    fn part(self: Box<Self>) -> (GuestEnd, Slots) {
+        self.berth.put(self.ring);
+        (self.guest, self.slots)
     }
 }
 
@@ -506,7 +441,10 @@ impl<R: RxRing> Lane for RxLane<R> {
 mod tests {
     use std::sync::Mutex;
 
+    use std::sync::Arc;
+
     use super::*;
+    use crate::lane::{Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, SECOND, WRITE, Wire, receive};
 
     const BUFFER: u64 = BASE + BUFFERS;

@@ -11,16 +11,14 @@
 //! Read with: virtio 1.2 §5.1.6.2; the card's chapter on transmit descriptors.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use vfio_glue::address::GuestAddress;
 use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
+use super::guest::GuestEnd;
 use super::stats::{Bounce, Drop};
-use super::{GuestEnd, Lane, LaneSetup, MissingMemory, Progress, Stopped};
+use super::{LaneSetup, Progress, Way};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
 use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
 
@@ -41,7 +39,6 @@ pub struct TxLane<R: TxRing> {
     ring: R,
     berth: Berth<R>,
     chain: Chain,
-    hint: TableHint,
     segments: Vec<Segment>,
     taken: VecDeque<Taken>,
     slots: Slots,
@@ -98,7 +95,6 @@ impl<R: TxRing> TxLane<R> {
             ring,
             berth,
             chain: Chain::with_room_for(size),
-            hint: TableHint::default(),
             segments: Vec::with_capacity(R::MAX_SEGMENTS),
             taken: VecDeque::with_capacity(size.into()),
         };
@@ -202,20 +198,23 @@ impl<R: TxRing> TxLane<R> {
             let skipped = skip.min(buffer.len);
             skip -= skipped;
             // Header bytes are not sent, but they must be guest memory: else the chain is broken, not the frame.
-            if skipped > 0 && !is_memory(&self.guest.table, &mut self.hint, buffer.addr, skipped) {
+            if skipped > 0 && !is_memory(&self.guest.table, &mut self.guest.hint, buffer.addr, skipped) {
                 return Err(outside(buffer));
             }
             let mut rest = buffer.len - skipped;
             let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
             len = len.saturating_add(rest);
             if len > self.max_frame {
-                if !is_memory(&self.guest.table, &mut self.hint, buffer.addr, buffer.len) {
+                if !is_memory(&self.guest.table, &mut self.guest.hint, buffer.addr, buffer.len) {
                     return Err(outside(buffer));
                 }
                 return Ok(Frame::Lost(Drop::Oversize));
             }
             while rest > 0 {
-                let piece = self.guest.table.lookup(&mut self.hint, GuestAddress(at), rest);
+                let piece = self
+                    .guest
+                    .table
+                    .lookup(&mut self.guest.hint, GuestAddress(at), rest);
                 let piece = piece.ok_or(outside(buffer))?;
                 let piece_len = u32::try_from(piece.len()).unwrap_or(rest);
                 if self.segments.len() < R::MAX_SEGMENTS {
@@ -274,7 +273,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
     fn gather(&self, into: &HostSlice<'_>) -> usize {
-        let mut hint = self.hint;
+        let mut hint = self.guest.hint;
         let mut skip = self.guest.header_len;
         let mut copied = 0;
         for buffer in self.chain.readable() {
@@ -297,16 +296,6 @@ impl<R: TxRing> TxLane<R> {
         copied
     }
 
-    /// Stops the card's queue and gives back what it completed. After an error the card may still read what it
-    /// holds, so nothing of that is forgotten.
-    fn quiesce(&mut self) -> Result<(), NicError> {
-        let stopped = self.ring.stop();
-        self.complete();
-        stopped?;
-        self.ring.clear();
-        Ok(())
-    }
-
     /// Gives everything that is still taken back as lost. The card holds none of it any more.
     fn discard(&mut self, why: Drop) {
         while let Some(oldest) = self.taken.pop_front() {
@@ -320,11 +309,6 @@ impl<R: TxRing> TxLane<R> {
             self.count(&State::Lost(lost));
             self.guest.virtq.give(oldest.head, 0);
         }
-    }
-
-    fn disarm(&mut self) {
-        self.ring.disarm();
-        self.guest.virtq.refuse_kicks();
     }
 }
 
@@ -349,15 +333,26 @@ pub(super) fn is_memory(table: &Table, hint: &mut TableHint, start: GuestAddress
     true
 }
 
-impl<R: TxRing> Lane for TxLane<R> {
-    fn name(&self) -> &str {
-        &self.guest.name
+impl<R: TxRing> Way for TxLane<R> {
+    type Ring = R;
+
+    fn guest(&self) -> &GuestEnd {
+        &self.guest
     }
 
-    fn poll(&mut self) -> Progress {
-        if self.guest.retired {
-            return Progress::Retired;
-        }
+    fn guest_mut(&mut self) -> &mut GuestEnd {
+        &mut self.guest
+    }
+
+    fn ring(&self) -> &R {
+        &self.ring
+    }
+
+    fn ring_mut(&mut self) -> &mut R {
+        &mut self.ring
+    }
+
+    fn pass(&mut self) -> Result<Progress, VirtqError> {
         let mut given = self.complete();
         let taken = self.take();
         self.ring.flush();
@@ -366,78 +361,27 @@ impl<R: TxRing> Lane for TxLane<R> {
         if given > 0 {
             self.guest.publish();
         }
-        match taken {
-            Err(error) => self.guest.retire_broken(&error),
-            Ok(taken) if taken + given > 0 => {
-                self.guest.stats.bursts.add(1);
-                self.disarm();
-                Progress::Moved
-            }
-            Ok(_) => Progress::Idle,
-        }
+        Ok(if taken? + given > 0 {
+            Progress::Moved
+        } else {
+            Progress::Idle
+        })
     }
 
-    fn arm(&mut self) -> bool {
-        if self.guest.retired {
-            return false;
-        }
-        self.ring.arm();
-        let more = match self.guest.virtq.ask_for_kicks() {
-            Ok(more) => more,
-            Err(error) => {
-                self.guest.retire_broken(&error);
-                return false;
-            }
-        };
+    fn last_look(&mut self) -> Result<bool, VirtqError> {
+        let more = self.guest.virtq.ask_for_kicks()?;
         let given = self.complete();
         if given > 0 {
             self.guest.publish();
         }
         // With a full ring only the card's interrupt helps, and memory that is awaited comes with a command: what
         // waits in the virtqueue for either must not keep us awake.
-        given > 0 || self.slots.is_awaited() || (more && self.has_room() && !self.guest.waits_for_memory)
+        let can_take = more && self.has_room() && !self.guest.waits_for_memory;
+        Ok(given > 0 || self.slots.is_awaited() || can_take)
     }
 
-    fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.guest.kick_fd()
-    }
-
-    fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.ring.wake_fd()
-    }
-
-    fn take_kick(&mut self) {
-        self.guest.stats.kicks.add(1);
-    }
-
-    fn take_interrupt(&mut self) {
-        let count = self.ring.acknowledge();
-        self.guest.stats.interrupts.add(count);
-    }
-
-    fn count_sleep(&mut self) {
-        self.guest.stats.sleeps.add(1);
-    }
-
-    fn set_call(&mut self, call: Option<File>) {
-        self.guest.set_call(call);
-    }
-
-    fn set_err(&mut self, err: Option<File>) {
-        self.guest.err = err;
-    }
-
-    fn set_table(&mut self, table: Arc<Table>) {
-        self.guest.set_table(table);
-        self.hint = TableHint::default();
-    }
-
-    fn set_missing_memory(&mut self, meaning: MissingMemory) {
-        self.guest.set_missing_memory(meaning);
-    }
-
-    fn set_link(&mut self, up: bool) -> Result<(), NicError> {
-        if self.link_up == up || self.guest.retired {
+    fn follow_link(&mut self, up: bool) -> Result<(), NicError> {
+        if self.link_up == up {
             return Ok(());
         }
         if up {
@@ -452,18 +396,17 @@ impl<R: TxRing> Lane for TxLane<R> {
         Ok(())
     }
 
-    fn stop(mut self: Box<Self>) -> Stopped {
-        let card = self.quiesce();
-        self.guest.publish();
-        let Self {
-            guest,
-            ring,
-            berth,
-            slots,
-            ..
-        } = *self;
-        berth.put(ring);
-        Stopped::new(guest.virtq.first_unused(), card, slots)
+    fn quiesce(&mut self) -> Result<(), NicError> {
+        let stopped = self.ring.stop();
+        self.complete();
+        stopped?;
+        self.ring.clear();
+        Ok(())
+    }
+
+    fn part(self: Box<Self>) -> (GuestEnd, Slots) {
+        self.berth.put(self.ring);
+        (self.guest, self.slots)
     }
 }
 
@@ -471,7 +414,10 @@ impl<R: TxRing> Lane for TxLane<R> {
 mod tests {
     use std::sync::Mutex;
 
+    use std::sync::Arc;
+
     use super::*;
+    use crate::lane::{Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, INDIRECT, SECOND, WRITE, Wire};
 
     const BUFFER: u64 = BASE + BUFFERS;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! init.rs   reset and bring-up      link.rs  PHY and link
-//! rx.rs     receive queue           tx.rs    transmit queue
+//! rx.rs     receive queue           tx.rs    transmit queue          queue.rs  what both share
 //! card.rs   what queues share       regs.rs, desc.rs  layouts, to proof-read against the book
 //! ```
 //!
@@ -17,6 +17,7 @@ mod desc;
 mod family;
 mod init;
 mod link;
+mod queue;
 mod regs;
 mod rx;
 mod tx;
