@@ -63,7 +63,9 @@ pub(crate) fn start(command: &mut Command, folder: &Path) -> Process {
 }
 
 /// Runs the product with `args` to its end, and returns how it ended and all that it printed.
-pub(crate) fn run_to_end<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> (ExitStatus, String) {
+pub(crate) fn run_to_end<S: AsRef<std::ffi::OsStr>>(
+    args: impl IntoIterator<Item = S>,
+) -> (ExitStatus, String) {
     let folder = TempDir::with_prefix("product-").expect("a temporary folder");
     let mut process = start(Command::new(binary()).args(args), folder.path());
     let status = process.wait_ended();
@@ -218,11 +220,20 @@ impl Host {
 
     /// Waits until nobody is connected to port `a`.
     pub(crate) fn wait_vacant(&mut self) {
-        self.wait_stats("its port is vacant", |stats| stats["ports"][0]["connected"] == false);
+        self.wait_stats("its port is vacant", |stats| {
+            stats["ports"][0]["connected"] == false
+        });
     }
 
-    /// How many descriptors the process has open.
-    pub(crate) fn open_files(&self) -> usize {
+    /// How many descriptors the process has open, once nobody is served who is on the way out.
+    pub(crate) fn open_files(&mut self) -> usize {
+        self.product
+            .wait_until("only its own threads are left", |process| {
+                let threads = process.cpu_ticks_of_threads();
+                let named = |name: &str| threads.iter().filter(|thread| thread.0.starts_with(name)).count();
+                // Each of whom `stats` was asked by is served by a thread of that name, too.
+                named("control") == 1 && named("front-end") == 0
+            });
         let files = std::fs::read_dir(self.product.procfs().join("fd")).expect("a live process");
         files.count()
     }
@@ -248,9 +259,7 @@ impl Host {
         let mut guest = Guest::boot(self.port(), Setup::default());
         let wire = &self.port().wire;
         let marker = highest_sequence + 1;
-        guest
-            .rx
-            .fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
+        guest.rx.fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
         receive_up_to(&mut guest.rx, wire, marker);
         let last = frame(marker, MIN_FRAME_BYTES);
         guest.tx.send(&last, Layout::WithData, Form::Direct);
@@ -291,7 +300,9 @@ pub(crate) struct Statistics(BufReader<UnixStream>);
 impl Statistics {
     pub(crate) fn connect(control: &Path) -> Self {
         let stream = UnixStream::connect(control).expect("the control socket is served");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        stream
+            .set_read_timeout(Some(PATIENCE))
+            .expect("a timeout can be set");
         Self(BufReader::new(stream))
     }
 
