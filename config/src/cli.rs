@@ -39,7 +39,9 @@ SIGTERM stops the DMA, frees the memory and ends the process with status 0.";
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-vfio", version, after_help = EXAMPLES, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-#[command(group(ArgGroup::new("work").args(["device", "config", "print_capabilities"]).required(true).multiple(true)))]
+#[command(group(
+    ArgGroup::new("work").args(["device", "socket_path", "fd", "config", "print_capabilities"]).required(true).multiple(true)
+))]
 #[command(group(ArgGroup::new("socket").args(["socket_path", "fd"])))]
 struct Cli {
     #[command(flatten)]
@@ -54,7 +56,8 @@ struct Cli {
 #[derive(Debug, Args)]
 struct PortFlags {
     /// Device at the wire's end: a PCI address bound to vfio-pci (0000:01:00.0 or 01:00.0), tap:NAME, or
-    /// vfio-user:PATH. Wants --socket-path or --fd beside it.
+    /// vfio-user:PATH. Wants --socket-path or --fd beside it. Without it, where there is no card: a tap interface
+    /// with the port's name, which copies every frame.
     #[arg(long, value_name = "DEVICE", help_heading = "Port")]
     device: Option<DeviceSpec>,
 
@@ -242,9 +245,16 @@ fn from_file(path: &Path, flags: &ProcessFlags) -> Result<Config, ParseError> {
 fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Error> {
     // Not left to clap's `requires`, which would ask for a socket beside --config too.
     let missing = |text| Cli::command().error(ErrorKind::MissingRequiredArgument, text);
-    let device = port
-        .device
-        .ok_or_else(|| missing("a port wants --device DEVICE"))?;
+    let device = match port.device {
+        Some(device) => device,
+        // Where there is no card, there is a tap.
+        None => format!("tap:{}", port.name)
+            .parse()
+            .map_err(|error: ValueError| {
+                let text = format!("without --device the port is a tap interface of its name, but {error}");
+                Cli::command().error(ErrorKind::ValueValidation, text)
+            })?,
+    };
     let socket = match (port.socket_path, port.fd) {
         (Some(path), _) if port.client => SocketSpec::Connect { path },
         (Some(path), _) => SocketSpec::Listen {
@@ -254,7 +264,7 @@ fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Erro
         (None, Some(fd)) => SocketSpec::Inherited { fd },
         (None, None) => {
             return Err(missing(
-                "--device wants exactly one of --socket-path PATH and --fd N beside it",
+                "a port wants exactly one of --socket-path PATH and --fd N",
             ));
         }
     };
@@ -378,12 +388,12 @@ mod tests {
         assert_eq!(
             error(""),
             "error: the following required arguments were not provided: \
-             <--device <DEVICE>|--config <FILE>|--print-capabilities>"
+             <--device <DEVICE>|--socket-path <PATH>|--fd <N>|--config <FILE>|--print-capabilities>"
         );
         for line in ["--device tap:t", "--device tap:t --client"] {
             assert_eq!(
                 error(line),
-                "error: --device wants exactly one of --socket-path PATH and --fd N beside it"
+                "error: a port wants exactly one of --socket-path PATH and --fd N"
             );
         }
         assert_eq!(
@@ -395,6 +405,23 @@ mod tests {
                 error(&format!("--device tap:t --socket-mode 600 {other}")).contains("cannot be used with")
             );
         }
+    }
+
+    #[test]
+    fn where_there_is_no_card_there_is_a_tap() {
+        assert_eq!(
+            config("--socket-path s"),
+            config("--device tap:vm0 --socket-path s")
+        );
+        assert_eq!(
+            config("--fd 3 --name lab"),
+            config("--device tap:lab --fd 3 --name lab")
+        );
+        let long = error("--socket-path s --name a-name-too-long-for-linux");
+        assert!(
+            long.starts_with("error: without --device the port is a tap interface of its name, but "),
+            "{long}"
+        );
     }
 
     #[test]
