@@ -70,7 +70,7 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
         let patience = if in_motion { REGION_BOUND } else { MEMORY_BEAT };
         match stop.wait(Some(peek.as_fd()), Some(patience)) {
             Woken::Stop => return End::Stopped,
-            Woken::Timeout if session.has_lost_memory() => {
+            Woken::Timeout | Woken::Ready if session.has_lost_memory() => {
                 return End::Broken("its memory file was cut short while it was mapped".to_owned());
             }
             Woken::Timeout => {

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -223,14 +223,19 @@ fn inherit(fd: i32) -> Result<Endpoint, EndpointError> {
 
 /// A front-end being served by a thread of its own.
 struct Current {
-    watch: UnixStream,
+    /// The thread's: closed when that ends.
+    connection: Weak<UnixStream>,
     thread: JoinHandle<()>,
 }
 
 impl Current {
     /// Whether it is still there. One that has just closed its socket is given a moment to be seen to.
     fn is_there(&self) -> bool {
-        !self.thread.is_finished() && !has_hung_up(&self.watch)
+        !self.thread.is_finished()
+            && self
+                .connection
+                .upgrade()
+                .is_some_and(|connection| !has_hung_up(&connection))
     }
 }
 
@@ -287,21 +292,30 @@ fn spawn(stream: UnixStream, port: &Arc<Port>, stop: &Stop) -> Option<Current> {
         failed(error);
         return None;
     }
-    let watch = stream.try_clone().map_err(failed).ok()?;
+    let keep = Arc::new(stream.try_clone().map_err(failed).ok()?);
+    let connection = Arc::downgrade(&keep);
     let (for_thread, stop) = (Arc::clone(port), stop.clone());
     let thread = std::thread::Builder::new()
         .name(format!("front-end {}", port.name()))
-        .spawn(move || serve_one(stream, &for_thread, &stop));
+        .spawn(move || serve_kept(stream, &keep, &for_thread, &stop));
     thread
         .map_err(failed)
         .ok()
-        .map(|thread| Current { watch, thread })
+        .map(|thread| Current { connection, thread })
 }
 
 fn serve_one(stream: UnixStream, port: &Arc<Port>, stop: &Stop) {
-    let opened = stream.try_clone().and_then(|keep| Ok((keep, Stop::new()?)));
-    let (keep, done) = match opened {
-        Ok(opened) => opened,
+    match stream.try_clone() {
+        Ok(keep) => serve_kept(stream, &keep, port, stop),
+        Err(error) => tracing::error!(port = port.name(), %error, "a front-end cannot be served"),
+    }
+}
+
+/// Serves one front-end until it goes. `keep` is the same socket: the front-end sees the end only when everything of
+/// its has been let go.
+fn serve_kept(stream: UnixStream, keep: &UnixStream, port: &Arc<Port>, stop: &Stop) {
+    let done = match Stop::new() {
+        Ok(done) => done,
         Err(error) => {
             tracing::error!(port = port.name(), %error, "a front-end cannot be served");
             return;
@@ -310,14 +324,13 @@ fn serve_one(stream: UnixStream, port: &Arc<Port>, stop: &Stop) {
     tracing::info!(port = port.name(), "front-end connected");
     let session = Session::new(Arc::clone(port));
     let end = std::thread::scope(|scope| {
-        scope.spawn(|| last_resort(&keep, stop, &done));
+        scope.spawn(|| last_resort(keep, stop, &done));
         let end = connection::serve(stream, &session, stop);
         done.ask();
         end
     });
     session.close();
-    // Only now the front-end sees the end: everything of its has been let go. Other duplicates may live on for a
-    // moment; an error means it is gone already.
+    // Other duplicates may live on for a moment. An error means it is gone already.
     let _ = keep.shutdown(std::net::Shutdown::Both);
     match end {
         End::Closed => tracing::info!(port = port.name(), "front-end closed the connection"),

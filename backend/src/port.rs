@@ -5,7 +5,7 @@
 //! link thread ──link changed──▶ Port ──▶ every lane
 //! ```
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
 use queues::nic::{Link, Nic, NicError};
@@ -64,6 +64,8 @@ pub struct Port {
     name: String,
     map: Arc<MemoryMap>,
     worker: Arc<Worker>,
+    /// A worker for this port alone, once its front-end has made the shared one wait.
+    apart: OnceLock<Arc<Worker>>,
     patience: Patience,
     max_frame: u32,
     stats: Vec<Arc<LaneStats>>,
@@ -75,7 +77,7 @@ struct State {
     device: String,
     link: Link,
     /// By virtqueue index.
-    running: Vec<Option<LaneId>>,
+    running: Vec<Option<Seat>>,
     connected: bool,
     /// Who has the port, to be told when its device needs a reset.
     occupant: Weak<dyn Occupant>,
@@ -83,6 +85,13 @@ struct State {
     stuck: Vec<Stuck>,
     /// Guest memory of sessions that had to end while the device was stuck.
     abandoned: Vec<Arc<Region>>,
+}
+
+/// Where a lane runs.
+#[derive(Clone)]
+struct Seat {
+    worker: Arc<Worker>,
+    id: LaneId,
 }
 
 /// Whoever uses a port: it alone knows which lanes are to run again after a reset.
@@ -134,6 +143,7 @@ impl Port {
             name: name.to_owned(),
             map,
             worker,
+            apart: OnceLock::new(),
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
@@ -227,11 +237,11 @@ impl Port {
             Direction::Tx => state.nic.tx_lane(pair, setup)?,
         };
         // A front-end that will not kick is polled.
-        let id = self
-            .worker
-            .add(lane, if kicks { self.patience } else { Patience::Forever })?;
+        let patience = if kicks { self.patience } else { Patience::Forever };
+        let worker = Arc::clone(self.worker());
+        let id = worker.add(lane, patience)?;
         if let Some(slot) = state.running.get_mut(index) {
-            *slot = Some(id);
+            *slot = Some(Seat { worker, id });
         }
         Ok(())
     }
@@ -246,10 +256,10 @@ impl Port {
     /// [`WorkerGone`].
     pub fn stop_lane(&self, index: usize) -> Result<Option<u16>, WorkerGone> {
         let mut state = self.state();
-        let Some(id) = state.running.get_mut(index).and_then(Option::take) else {
+        let Some(seat) = state.running.get_mut(index).and_then(Option::take) else {
             return Ok(None);
         };
-        let Some(lane) = self.worker.remove(id)? else {
+        let Some(lane) = seat.worker.remove(seat.id)? else {
             return Ok(None);
         };
         let Stopped { first_unused, card } = lane.stop();
@@ -276,8 +286,44 @@ impl Port {
         index: usize,
         work: impl FnOnce(&mut dyn Lane) -> R + Send + 'static,
     ) -> Result<Option<R>, WorkerGone> {
-        let id = self.state().running.get(index).copied().flatten();
-        id.map_or(Ok(None), |id| self.worker.with(id, work))
+        let seat = self.state().running.get(index).cloned().flatten();
+        seat.map_or(Ok(None), |seat| seat.worker.with(seat.id, work))
+    }
+
+    /// Whether a lane is to move to a worker of this port alone: stop and start it.
+    pub fn is_to_be_apart(&self) -> bool {
+        let shared = |seat: &Seat| Arc::ptr_eq(&seat.worker, &self.worker);
+        self.has_stalled() && self.state().running.iter().flatten().any(shared)
+    }
+
+    /// Nudges the port's own worker, if it has one and that stands still. Takes no lock.
+    pub fn check_pulse(&self) {
+        if let Some(worker) = self.apart.get() {
+            worker.check_pulse();
+        }
+    }
+
+    fn has_stalled(&self) -> bool {
+        self.stats.iter().any(|stats| stats.stalls.get() > 0)
+    }
+
+    /// The worker for a lane that starts now. A front-end that has made the shared one wait gets one of its own, so that
+    /// it waits for itself the next time.
+    fn worker(&self) -> &Arc<Worker> {
+        if self.has_stalled() && self.apart.get().is_none() {
+            match Worker::start(&format!("worker {}", self.name), None) {
+                Ok(worker) => {
+                    tracing::warn!(
+                        port = self.name,
+                        "its front-end made a worker wait: it gets one of its own"
+                    );
+                    // Lanes start under the port's lock, so nobody else has set it.
+                    let _ = self.apart.set(worker);
+                }
+                Err(error) => tracing::error!(port = self.name, %error, "no worker of its own"),
+            }
+        }
+        self.apart.get().unwrap_or(&self.worker)
     }
 
     /// Shows every running lane the guest's new table, which has all bytes of the old one.
@@ -360,16 +406,16 @@ impl Port {
 
     /// Tells one lane, on this thread: its queue may take a while to stop, and the worker has other ports' lanes.
     fn tell_link(&self, state: &mut State, index: usize, up: bool) -> Result<(), PortError> {
-        let Some(id) = state.running.get(index).copied().flatten() else {
+        let Some(seat) = state.running.get(index).cloned().flatten() else {
             return Ok(());
         };
-        let Some((mut lane, patience)) = self.worker.take(id)? else {
+        let Some((mut lane, patience)) = seat.worker.take(seat.id)? else {
             return Ok(());
         };
         let told = lane.set_link(up);
-        let id = self.worker.add(lane, patience)?;
+        let id = seat.worker.add(lane, patience)?;
         if let Some(slot) = state.running.get_mut(index) {
-            *slot = Some(id);
+            *slot = Some(Seat { id, ..seat });
         }
         Ok(told?)
     }

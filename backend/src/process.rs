@@ -68,7 +68,7 @@ pub fn run(config: &Config, stop: &Stop) -> Result<()> {
     let done = Stop::new().context("cannot make an event")?;
     std::thread::scope(|scope| {
         // Until the very end: a worker that stands still keeps its ports from stopping.
-        let pulse = || check_pulses(&workers, &done);
+        let pulse = || check_pulses(&workers, &ports, &done);
         std::thread::Builder::new()
             .name("pulse".to_owned())
             .spawn_scoped(scope, pulse)
@@ -126,10 +126,12 @@ fn serve_all<'scope>(
 
 fn start_workers(config: &Config) -> Result<Vec<Arc<Worker>>> {
     if config.workers.is_empty() {
-        return Ok(vec![Worker::start(0, None).context("cannot start a worker")?]);
+        return Ok(vec![
+            Worker::start("worker0", None).context("cannot start a worker")?,
+        ]);
     }
     let start = |(index, cpu): (usize, &config::Cpu)| {
-        Worker::start(index, Some(cpu.0.into()))
+        Worker::start(&format!("worker{index}"), Some(cpu.0.into()))
             .with_context(|| format!("cannot start a worker on CPU {}", cpu.0))
     };
     config.workers.iter().enumerate().map(start).collect()
@@ -240,9 +242,10 @@ fn map_by(map_by: MapBy) -> iommu::MapBy {
 }
 
 /// Frees workers that a front-end made wait.
-fn check_pulses(workers: &[Arc<Worker>], done: &Stop) {
+fn check_pulses(workers: &[Arc<Worker>], ports: &[Arc<Port>], done: &Stop) {
     while done.wait(None, Some(PULSE)) != Woken::Stop {
         workers.iter().for_each(|worker| worker.check_pulse());
+        ports.iter().for_each(|port| port.check_pulse());
     }
 }
 

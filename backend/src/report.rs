@@ -75,6 +75,8 @@ pub struct LaneReport {
     pub sleeps: u64,
     /// Broken rings and failures of the card.
     pub errors: u64,
+    /// Times the front-end's descriptor made the worker wait.
+    pub stalls: u64,
 }
 
 /// A map.
@@ -169,6 +171,7 @@ impl LaneReport {
             interrupts: stats.interrupts.get(),
             sleeps: stats.sleeps.get(),
             errors: stats.errors.get(),
+            stalls: stats.stalls.get(),
         }
     }
 }

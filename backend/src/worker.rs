@@ -73,8 +73,8 @@ impl Worker {
     /// # Errors
     ///
     /// The system's answer if it gives no thread, no descriptors, or not that CPU.
-    pub fn start(index: usize, cpu: Option<usize>) -> std::io::Result<Arc<Self>> {
-        let name = format!("worker{index}");
+    pub fn start(name: &str, cpu: Option<usize>) -> std::io::Result<Arc<Self>> {
+        let name = name.to_owned();
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (commands, inbox) = channel();
         let pulse = Arc::<Pulse>::default();
@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn an_idle_worker_sleeps_and_a_kick_wakes_it() {
-        let worker = Worker::start(0, None).unwrap();
+        let worker = Worker::start("worker0", None).unwrap();
         let (lane, seen, kick) = lane();
         seen.work_at_arm.store(true, Ordering::Relaxed);
         let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
@@ -540,7 +540,7 @@ mod tests {
 
     #[test]
     fn a_command_wakes_a_sleeping_worker_and_its_answer_is_the_lanes() {
-        let worker = Worker::start(0, None).unwrap();
+        let worker = Worker::start("worker0", None).unwrap();
         let (lane, seen, _kick) = lane();
         let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
         until(|| seen.sleeps.load(Ordering::Relaxed) > 0);
@@ -552,7 +552,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_polls_for_ever_never_arms() {
-        let worker = Worker::start(0, None).unwrap();
+        let worker = Worker::start("worker0", None).unwrap();
         let (lane, seen, _kick) = lane();
         let id = worker.add(lane, Patience::Forever).unwrap();
         until(|| seen.polls.load(Ordering::Relaxed) > 1000);
@@ -563,7 +563,7 @@ mod tests {
     #[test]
     fn a_worker_that_stands_still_in_a_system_call_is_nudged_out_of_it() {
         vfio_glue::nudge::install().unwrap();
-        let worker = Worker::start(0, None).unwrap();
+        let worker = Worker::start("worker0", None).unwrap();
         // Blocking and full: a write waits until somebody reads, and nobody does.
         let trap = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         rustix::io::write(&trap, &(u64::MAX - 1).to_ne_bytes()).unwrap();
@@ -585,7 +585,7 @@ mod tests {
 
     #[test]
     fn a_cpu_that_is_not_there_is_an_error() {
-        assert!(Worker::start(0, Some(1023)).is_err());
-        assert!(Worker::start(0, Some(100_000)).is_err());
+        assert!(Worker::start("worker0", Some(1023)).is_err());
+        assert!(Worker::start("worker0", Some(100_000)).is_err());
     }
 }

@@ -180,8 +180,7 @@ fn a_call_eventfd_made_blocking_afterwards_holds_the_worker_only_for_a_while() {
         // Kept full: it is to hold the worker while the neighbour's frames are waited for, and at the end.
         (guest, trap)
     });
-    let nudges = host.product.output().matches("is nudged").count();
-    println!("the worker was freed {nudges} times");
+    println!("the worker was freed {} times", nudges_of(&host, "worker0"));
     drop(held);
     host.assert_port_works();
 
@@ -197,7 +196,21 @@ fn a_call_eventfd_made_blocking_afterwards_holds_the_worker_only_for_a_while() {
     trap.fill_and_block();
     port.wire.send(&frame(0, 60));
     assert!(guest.rx.queue.poll_used(PATIENCE), "the frame never came");
+    // By now the port has a worker of its own, so this time nobody else waits.
+    let shared_before = nudges_of(&host, "worker0");
+    host.product.wait_printed("worker=\"worker a\"");
+    assert_eq!(nudges_of(&host, "worker0"), shared_before);
     host.finish();
+}
+
+/// How often a worker was seen to stand still.
+fn nudges_of(host: &Host, worker: &str) -> usize {
+    let named = format!("worker=\"{worker}\"");
+    let output = host.product.output();
+    output
+        .lines()
+        .filter(|line| line.contains("is nudged") && line.contains(&named))
+        .count()
 }
 
 /// Its answers pile up until one of them cannot be sent, which holds the thread that sends it.

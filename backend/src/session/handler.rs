@@ -55,8 +55,10 @@ impl Session {
     ) -> VhostResult<()> {
         self.answer(request, |state| {
             self.stop(state, index)?;
-            change(vring(state, index)?)?;
-            self.settle(state, index)
+            let changed = vring(state, index).and_then(change);
+            // A change that is refused leaves what was known, and the lane goes on with that.
+            let settled = self.settle(state, index);
+            changed.and(settled)
         })
     }
 }
@@ -315,6 +317,10 @@ impl VhostUserBackendReqHandler for Session {
             let fd = adopt(index, "call", fd)?;
             let for_lane = clone(index, "call", fd.as_ref())?;
             vring(state, index)?.call = fd;
+            if self.port.is_to_be_apart() {
+                self.stop(state, index)?;
+                return self.settle(state, index);
+            }
             self.port.with_lane(index, move |lane| lane.set_call(for_lane))?;
             Ok(())
         })

@@ -68,6 +68,7 @@ impl GuestEnd {
                     lane = self.name,
                     "its call descriptor blocks: the guest is no longer woken"
                 );
+                self.stats.stalls.add(1);
                 self.call = None;
             }
             // A full counter (EAGAIN) is a wake-up that is still pending, so it is as good as sent. Any other failure

@@ -101,6 +101,8 @@ pub struct LaneStats {
     pub sleeps: Counter,
     /// Times the guest broke its ring or the card failed.
     pub errors: Counter,
+    /// Times the front-end's descriptor made the worker wait.
+    pub stalls: Counter,
 }
 
 impl LaneStats {
