@@ -10,121 +10,40 @@
 //! memory seen twice is mapped once, by file, offset and length (R4; `files.rs` says what proves two files one). What the kernel keeps
 //! behind it does not show (R6).
 //!
+//! ```text
+//! books.rs   what is mapped where, for whom      extent.rs, iova.rs, budget.rs, files.rs  how that is decided
+//! device.rs  a device's place on a map           snapshot.rs  what a map shows of itself
+//! ```
+//!
 //! All calls are control plane: they take one lock and may block while the kernel pins. Lanes never call here.
 
+mod books;
 mod budget;
+mod device;
+mod error;
 mod extent;
 mod files;
 mod iova;
 #[cfg(test)]
 mod model;
+mod snapshot;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::ops::{Range, RangeInclusive};
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use self::extent::{ExtentKey, cells_in, cut};
+pub use device::Device;
+pub use error::MapError;
+pub use extent::{CELL_BYTES, Extent};
+pub use snapshot::{ExtentSnapshot, MapSnapshot};
+
+use self::books::{AcquireError, Books};
 use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
-use crate::address::Iova;
 use crate::iommu::software::SoftwareBus;
-use crate::iommu::{DeviceAddress, Iommu, IommuError, IommuKind, MapRequest, MappedBy};
-use crate::memory::{FileError, HostRange, MemoryFile, Region, RegionPiece, RegionSpec, guard};
-use crate::pci::PciFunction;
-
-pub use extent::{CELL_BYTES, Extent};
-
-/// Why the map could not be changed. It is as before then, unless the variant says otherwise.
-#[derive(Debug, thiserror::Error)]
-pub enum MapError {
-    /// The region's file cannot serve.
-    #[error("guest region at {guest:#x} ({len:#x} bytes) is refused")]
-    Region {
-        /// Guest-physical start.
-        guest: u64,
-        /// Length in bytes.
-        len: u64,
-        /// Why.
-        source: FileError,
-    },
-    /// The region's addresses wrap.
-    #[error(
-        "guest region at {guest:#x} of {len:#x} bytes (front-end {frontend:#x}, file offset {offset:#x}) is empty or wraps"
-    )]
-    Wraps {
-        /// Guest-physical start.
-        guest: u64,
-        /// Front-end start.
-        frontend: u64,
-        /// Length in bytes.
-        len: u64,
-        /// File offset.
-        offset: u64,
-    },
-    /// Pinning would go over the limit on locked memory.
-    #[error(
-        "{need} more bytes would have to be pinned, {pinned} are already, and the limit on locked memory is {limit}: \
-         raise it (ulimit -l, LimitMEMLOCK=) to at least {} bytes", need + pinned
-    )]
-    OverBudget {
-        /// Bytes the change needs.
-        need: u64,
-        /// Bytes this map holds.
-        pinned: u64,
-        /// RLIMIT_MEMLOCK in bytes.
-        limit: u64,
-    },
-    /// No free IOVA range is large enough.
-    #[error("no room for {len:#x} bytes in the IOVA ranges {usable}")]
-    NoIova {
-        /// Bytes wanted.
-        len: u64,
-        /// The usable ranges.
-        usable: String,
-    },
-    /// The kernel takes no more mappings.
-    #[error("the IOMMU takes {left} more mappings, {need} are needed")]
-    TooManyMappings {
-        /// How many it takes.
-        left: usize,
-        /// How many were to come.
-        need: usize,
-    },
-    /// The device's usable ranges leave out something that is mapped.
-    #[error("device {device} cannot reach what is mapped at {start:#x}-{end:#x}; it reaches {usable}")]
-    Strands {
-        /// The device.
-        device: DeviceAddress,
-        /// First mapped byte outside.
-        start: u64,
-        /// Last mapped byte of that range.
-        end: u64,
-        /// The ranges it reaches.
-        usable: String,
-    },
-    /// The device is on this map already.
-    #[error("device {device} is already on map {map}")]
-    AlreadyAttached {
-        /// The device.
-        device: DeviceAddress,
-        /// The map's name.
-        map: String,
-    },
-    /// Memory of our own could not be allocated.
-    #[error("cannot allocate {len} bytes of memory for rings or bounce slots")]
-    OwnMemory {
-        /// Bytes wanted.
-        len: u64,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// The IOMMU or VFIO refused.
-    #[error("the IOMMU refused")]
-    Iommu(#[from] IommuError),
-}
+use crate::iommu::{DeviceAddress, Iommu, IommuKind};
+use crate::memory::{MemoryFile, Region, RegionPiece, RegionSpec};
 
 /// One IOVA space. Shared by `Arc`; see the module's page for what it promises.
 pub struct MemoryMap {
@@ -133,28 +52,6 @@ pub struct MemoryMap {
     bus: Arc<SoftwareBus>,
     books: Mutex<Books>,
 }
-
-struct Books {
-    iommu: Box<dyn Iommu>,
-    iovas: IovaAllocator,
-    files: Files,
-    /// All that is mapped, by IOVA.
-    records: BTreeMap<Iova, Record>,
-    /// What is handed out when the same bytes are asked for again.
-    shared: HashMap<ExtentKey, Iova>,
-    devices: Vec<DeviceAddress>,
-}
-
-struct Record {
-    extent: Arc<Extent>,
-    by: MappedBy,
-    /// One entry for each time it was asked for. None once an unmap failed: devices may reach the range for as long
-    /// as the map lives, so it keeps its IOVA and its memory and nobody is given it again.
-    owners: Vec<String>,
-}
-
-/// Shown as the owner of a range that could not be unmapped.
-const UNMAP_FAILED: &str = "unmap failed";
 
 impl std::fmt::Debug for MemoryMap {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -302,15 +199,7 @@ impl MemoryMap {
             return Err(error);
         }
         books.devices.push(device.clone());
-        let seat = Seat {
-            map: Arc::clone(self),
-            address: device.clone(),
-            taken: true,
-        };
-        Ok(Device {
-            function: FunctionHandle(function),
-            seat,
-        })
+        Ok(Device::new(function, Arc::clone(self), device.clone()))
     }
 
     fn detach(&self, device: &DeviceAddress) -> Result<(), MapError> {
@@ -345,361 +234,12 @@ impl MemoryMap {
     }
 }
 
-enum AcquireError {
-    File(FileError),
-    Map(MapError),
-}
-
-impl<E: Into<MapError>> From<E> for AcquireError {
-    fn from(error: E) -> Self {
-        Self::Map(error.into())
-    }
-}
-
-impl Books {
-    /// Maps some pages of a guest's file, cut at the grid, or changes nothing.
-    ///
-    /// A sparse file costs its owner nothing whatever its size, so what it can make us list is bounded first.
-    fn acquire_pages(
-        &mut self,
-        bus: &SoftwareBus,
-        file: &Arc<File>,
-        pages: Range<u64>,
-        owner: &str,
-    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
-        let (need, limit) = (cells_in(&pages), guard::SLOTS);
-        if need > limit as u64 {
-            return Err(AcquireError::File(FileError::TooManyMappings { need, limit }));
-        }
-        let cells: Vec<Range<u64>> = cut(pages).collect();
-        self.acquire(bus, file, &cells, owner)
-    }
-
-    /// Maps what of `cells` is not mapped yet and counts `owner` for all of it, or changes nothing.
-    fn acquire(
-        &mut self,
-        bus: &SoftwareBus,
-        file: &Arc<File>,
-        cells: &[Range<u64>],
-        owner: &str,
-    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
-        let (id, file) = self.files.identify(file).map_err(AcquireError::File)?;
-        let keys: Vec<(ExtentKey, Range<u64>)> = cells
-            .iter()
-            .map(|cell| {
-                let key = ExtentKey {
-                    file: id,
-                    offset: cell.start,
-                    len: cell.end - cell.start,
-                };
-                (key, cell.clone())
-            })
-            .collect();
-        let new = keys.iter().filter(|(key, _)| self.mapped_for(key).is_none());
-        let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
-            (count + 1, need + cell.end - cell.start)
-        });
-        if need > self.iovas.free_bytes() {
-            return Err(self.no_iova(need).into());
-        }
-        self.check_budget(count, need)?;
-
-        let mut held: Vec<Arc<Extent>> = Vec::with_capacity(keys.len());
-        for (key, cell) in keys {
-            let after = held.last().map(|last| last.iova.raw() + last.len());
-            match self.acquire_one(bus, &file, key, &cell, owner, after) {
-                Ok(extent) => held.push(extent),
-                Err(error) => {
-                    self.undo(bus, &held, owner);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(held)
-    }
-
-    /// Takes back an `acquire` of which nothing has been used.
-    fn undo(&mut self, bus: &SoftwareBus, held: &[Arc<Extent>], owner: &str) {
-        for extent in held {
-            if let Err(error) = self.release(bus, extent, owner) {
-                tracing::error!(%error, "undoing a refused region left an extent mapped");
-            }
-        }
-    }
-
-    fn acquire_one(
-        &mut self,
-        bus: &SoftwareBus,
-        file: &Arc<File>,
-        key: ExtentKey,
-        cell: &Range<u64>,
-        owner: &str,
-        after: Option<u64>,
-    ) -> Result<Arc<Extent>, AcquireError> {
-        if let Some(iova) = self.mapped_for(&key)
-            && let Some(record) = self.records.get_mut(&iova)
-        {
-            record.owners.push(owner.to_owned());
-            return Ok(Arc::clone(&record.extent));
-        }
-        let len = cell.end - cell.start;
-        let host = HostRange::of_file(file, cell.start, len).map_err(AcquireError::File)?;
-        let iova = self
-            .iovas
-            .take(len, cell.start, after)
-            .ok_or_else(|| self.no_iova(len))?;
-        let request = MapRequest {
-            iova,
-            len,
-            file: Arc::clone(file),
-            offset: cell.start,
-            host: host.clone(),
-        };
-        let by = self
-            .iommu
-            .map(&request)
-            .inspect_err(|_| self.iovas.give_back(iova))?;
-        bus.insert(iova, host.clone());
-        let extent = Arc::new(Extent {
-            key,
-            file: Arc::clone(file),
-            iova,
-            host,
-        });
-        tracing::info!(%iova, len, owner, by = by.as_str(), "mapped");
-        let record = Record {
-            extent: Arc::clone(&extent),
-            by,
-            owners: vec![owner.to_owned()],
-        };
-        self.records.insert(iova, record);
-        self.shared.insert(key, iova);
-        Ok(extent)
-    }
-
-    /// Where these bytes are mapped already, good for one more owner.
-    ///
-    /// Memory that was lost here is not: what we would read is not what the file holds now.
-    fn mapped_for(&self, key: &ExtentKey) -> Option<Iova> {
-        let iova = *self.shared.get(key)?;
-        let record = self.records.get(&iova)?;
-        (!record.extent.host.lost_memory()).then_some(iova)
-    }
-
-    /// Counts `owner` out once; unmaps when nobody is left.
-    fn release(&mut self, bus: &SoftwareBus, extent: &Arc<Extent>, owner: &str) -> Result<(), MapError> {
-        let iova = extent.iova;
-        let Some(record) = self.records.get_mut(&iova) else {
-            return Ok(());
-        };
-        let index = record.owners.iter().position(|other| other == owner);
-        // Whoever lets go a second time may find the place taken by another extent.
-        let Some(index) = index.filter(|_| Arc::ptr_eq(&record.extent, extent)) else {
-            return Ok(());
-        };
-        record.owners.swap_remove(index);
-        if !record.owners.is_empty() {
-            return Ok(());
-        }
-        if self.shared.get(&extent.key) == Some(&iova) {
-            self.shared.remove(&extent.key);
-        }
-        // Software devices lose the range first, then the hardware; the IOVA is free only once it is unmapped.
-        bus.remove(iova);
-        self.iommu.unmap(iova, extent.len())?;
-        self.iovas.give_back(iova);
-        self.records.remove(&iova);
-        tracing::info!(iova = %extent.iova, len = extent.len(), owner, "unmapped");
-        Ok(())
-    }
-
-    fn no_iova(&self, len: u64) -> MapError {
-        MapError::NoIova {
-            len,
-            usable: show_ranges(self.iovas.usable()),
-        }
-    }
-
-    fn check_budget(&self, mappings: usize, need: u64) -> Result<(), MapError> {
-        if let Some(left) = self.iommu.mappings_left().filter(|left| *left < mappings) {
-            return Err(MapError::TooManyMappings { left, need: mappings });
-        }
-        let pins = matches!(self.iommu.kind(), IommuKind::Iommufd | IommuKind::Type1);
-        let Some(limit) = budget::pin_limit().filter(|_| pins) else {
-            return Ok(());
-        };
-        let pinned = self.records.values().map(|record| record.extent.len()).sum();
-        if need.saturating_add(pinned) > limit {
-            return Err(MapError::OverBudget { need, pinned, limit });
-        }
-        Ok(())
-    }
-
-    /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.
-    fn narrow(&mut self, device: &DeviceAddress) -> Result<(), MapError> {
-        let Some(usable) = self.iommu.usable_ranges()? else {
-            return Ok(());
-        };
-        if let Some((start, end)) = self.iovas.stranded_by(&usable) {
-            let device = device.clone();
-            return Err(MapError::Strands {
-                device,
-                start,
-                end: end - 1,
-                usable: show_ranges(&usable),
-            });
-        }
-        self.iovas.set_usable(usable);
-        Ok(())
-    }
-}
-
-impl Record {
-    fn snapshot(&self, iommu: &dyn Iommu) -> ExtentSnapshot {
-        // type1 maps everything when a device comes and forgets it when the last one leaves.
-        let by = match (iommu.kind(), iommu.pins_now()) {
-            (IommuKind::Type1, true) => MappedBy::Address,
-            (IommuKind::Type1, false) => MappedBy::Model,
-            _ => self.by,
-        };
-        let fd = self.extent.file.as_raw_fd();
-        let file = std::fs::read_link(format!("/proc/self/fd/{fd}"));
-        ExtentSnapshot {
-            iova: self.extent.iova,
-            len: self.extent.len(),
-            file: file.map_or_else(|_| "?".to_owned(), |path| path.display().to_string()),
-            file_offset: self.extent.file_offset(),
-            by,
-            owners: if self.owners.is_empty() {
-                vec![UNMAP_FAILED.to_owned()]
-            } else {
-                self.owners.clone()
-            },
-        }
-    }
-}
-
-fn show_ranges(ranges: &[RangeInclusive<u64>]) -> String {
-    let shown: Vec<String> = ranges
-        .iter()
-        .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
-        .collect();
-    shown.join(", ")
-}
-
-/// A device on a map, let in by [`MemoryMap::attach`]. Shown out when dropped; stop its DMA first.
-#[derive(Debug)]
-pub struct Device {
-    // Declared before the seat and so dropped before it: type1 cannot let a group go while a BAR is mapped.
-    function: FunctionHandle,
-    seat: Seat,
-}
-
-struct FunctionHandle(Arc<dyn PciFunction>);
-
-impl std::fmt::Debug for FunctionHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.0.name())
-    }
-}
-
-/// A device's place on a map, given up once.
-#[derive(Debug)]
-struct Seat {
-    map: Arc<MemoryMap>,
-    address: DeviceAddress,
-    taken: bool,
-}
-
-impl Device {
-    /// The map it is on.
-    pub fn map(&self) -> &Arc<MemoryMap> {
-        &self.seat.map
-    }
-
-    /// Where it is.
-    pub fn address(&self) -> &DeviceAddress {
-        &self.seat.address
-    }
-
-    /// Registers, configuration space, interrupts and reset. Clones must go before the device does.
-    pub fn function(&self) -> &Arc<dyn PciFunction> {
-        &self.function.0
-    }
-
-    /// Shows the device out and says whether that went well. Its DMA has been stopped.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError::Iommu`]; the device is off the map's books all the same.
-    pub fn detach(self) -> Result<(), MapError> {
-        let Self { function, mut seat } = self;
-        drop(function);
-        seat.leave()
-    }
-}
-
-impl Seat {
-    fn leave(&mut self) -> Result<(), MapError> {
-        if std::mem::take(&mut self.taken) {
-            self.map.detach(&self.address)
-        } else {
-            Ok(())
-        }
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        if let Err(error) = self.leave() {
-            tracing::error!(device = %self.address, %error, "detach failed");
-        }
-    }
-}
-
-/// A map's contents at one moment.
-#[derive(Clone, Debug)]
-pub struct MapSnapshot {
-    /// The map's name.
-    pub name: String,
-    /// What programs its IOMMU.
-    pub iommu: IommuKind,
-    /// Ranges of IOVA it allocates from.
-    pub usable: Vec<RangeInclusive<u64>>,
-    /// Bytes mapped, each once.
-    pub mapped_bytes: u64,
-    /// Bytes the kernel holds pinned for it now.
-    pub pinned_bytes: u64,
-    /// The devices that see it.
-    pub devices: Vec<DeviceAddress>,
-    /// What is mapped, in order of IOVA.
-    pub extents: Vec<ExtentSnapshot>,
-}
-
-/// One extent at one moment.
-#[derive(Clone, Debug)]
-pub struct ExtentSnapshot {
-    /// Where devices find it.
-    pub iova: Iova,
-    /// Length in bytes.
-    pub len: u64,
-    /// The file, as the kernel names it.
-    pub file: String,
-    /// Where it starts in the file, in bytes.
-    pub file_offset: u64,
-    /// How the IOMMU got it.
-    pub by: MappedBy,
-    /// Who asked for it, once for each time; `unmap failed` for a range that nobody has any more and that could not
-    /// be taken from the devices.
-    pub owners: Vec<String>,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::address::{FrontendAddress, GuestAddress};
     use crate::iommu::fake::FakeKernel;
-    use crate::memory::{DmaBuffer, Table, TableHint};
+    use crate::memory::{DmaBuffer, FileError, Table, TableHint, guard};
 
     const MIB: u64 = 1 << 20;
 
