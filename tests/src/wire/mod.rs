@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Every byte of a frame after its addresses follows from the run's tag and the frame's sequence number, so
-//! the receiver compares contents without having seen what was sent. [`exchange`] keeps a bounded number of
+//! the receiver compares contents without having seen what was sent. `exchange` keeps a bounded number of
 //! frames under way, so a path without flow control of its own is not overrun and a loss is the path's fault.
 
 mod exchange;
