@@ -14,7 +14,7 @@ use crate::pci::PciFunction;
 
 const PAGE: u64 = 4096;
 
-/// What stands behind a [`FakeIommu`], as a test looks at it. Cheap to clone.
+/// What stands behind a [`FakeKernel::iommu`], as a test looks at it. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct FakeKernel(Arc<Mutex<State>>);
 
