@@ -15,13 +15,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use command_fds::{CommandFdExt, FdMapping};
-use product::{Host, Product, Statistics, binary, device, end, run_to_end, start, start_card};
+use product::{Host, Product, Statistics, binary, device, end, run_to_end, start, start_card, tell_card};
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::frontend::connection::Connection;
 use tests::frontend::net::{Form, HEADER_BYTES, Layout};
 use tests::frontend::process::Process;
 use tests::frontend::suite::{BackEnd, Guest, RX_BUFFER_BYTES, Running, Setup, assert_port_works};
+use tests::frontend::wire::frame;
 
 fn folder() -> TempDir {
     TempDir::with_prefix("operator-").expect("a temporary folder")
@@ -268,6 +269,51 @@ fn stats_counts_what_moved_and_lists_what_is_mapped() {
     drop(guest);
     host.wait_vacant();
     host.finish();
+}
+
+/// A cable that is pulled shows in the log and in `stats`; the guest's frames are lost by count and it never waits, even
+/// those the card had and, as silicon does, keeps: they come back by a reset.
+#[test]
+fn without_a_cable_frames_are_lost_by_count_and_with_one_they_flow_again() {
+    let mut host = Host::with_one_port();
+    let folder = host.port().folder().to_owned();
+    let mut guest = Guest::boot(host.port(), Setup::default());
+    guest.rx.fill(64, RX_BUFFER_BYTES, Layout::WithData, Form::Direct);
+    for stuck in [false, true] {
+        let lost_before = dropped(&host.stats());
+        if stuck {
+            tell_card(&folder, "hang-tx on");
+            guest.tx.send(&frame(0, 100), Layout::WithData, Form::Direct);
+        }
+        tell_card(&folder, "link down");
+        host.wait_stats("the link is down", |stats| stats["ports"][0]["link"] == "down");
+        guest.tx.send(&frame(1, 100), Layout::WithData, Form::Direct);
+        let lost = 1 + u64::from(stuck);
+        host.wait_stats("frames are lost by count", |stats| {
+            dropped(stats) == lost_before + lost
+        });
+        guest.tx.drain();
+
+        tell_card(&folder, "hang-tx off");
+        tell_card(&folder, "link up");
+        host.wait_stats("the link is up", |stats| stats["ports"][0]["link"] == "up");
+        let wire = &host.port().wire;
+        for sequence in 10..20 {
+            guest.send_and_check(wire, sequence, 300, Layout::WithData, Form::Direct);
+            guest.receive_and_check(wire, sequence, 300);
+        }
+    }
+    assert!(host.product.output().contains("link is down"));
+    drop(guest);
+    host.wait_vacant();
+    host.finish();
+}
+
+/// Frames to send that were lost for want of a link.
+fn dropped(stats: &Value) -> u64 {
+    lane(stats, "tx")["drop_reasons"]["link-down"]
+        .as_u64()
+        .unwrap_or(0)
 }
 
 /// Guest memory, the card's descriptor rings, and nothing else: the proof of zero-copy.

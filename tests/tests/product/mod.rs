@@ -83,12 +83,22 @@ pub(crate) fn start_card(folder: &Path, wire: &Wire) -> Process {
         .arg("--wire-peer")
         .arg(wire.peer());
     command.arg("--violations").arg(folder.join("violations"));
+    command.arg("--control").arg(folder.join("card-control"));
     // Frames wait while no buffer is posted, so a test may send before the guest's buffers are with the card;
     // and buffers the card owns are filled with garbage, so that a leak of one shows.
     command.args(["--hold-frames", "--scribble"]);
     let mut card = Process::start("card-model", &mut command, folder).expect("the card model starts");
     card.wait_listening(&socket);
     card
+}
+
+/// Tells the card of [`start_card`] what to suffer, and waits until it does.
+pub(crate) fn tell_card(folder: &Path, words: &str) {
+    let mut card = UnixStream::connect(folder.join("card-control")).expect("the card listens");
+    writeln!(card, "{words}").expect("it goes out");
+    let mut answer = String::new();
+    BufReader::new(card).read_line(&mut answer).expect("an answer");
+    assert_eq!(answer.trim_end(), "ok", "{words}");
 }
 
 /// What `--device` takes for the card of [`start_card`].
