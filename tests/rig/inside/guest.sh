@@ -83,9 +83,20 @@ check guest-receives same_sum "$(told got)"
 wait_for 20 "the file to be back" eval "! kill -0 $receiver"
 check guest-sends same_sum "$(sha256sum <"$RUN/back")"
 check guest-zero-copy stats_show --iommu "$iommu" --at-least 500
-echo | busybox nc $guest 7003 >/dev/null & # what it waits for to power off
-wait_for 60 "the guest to power off" eval "! kill -0 $vmm"
-powers_off() { wait $vmm && echo "QEMU ended with 0"; }
+# It waits for a connection to power off, and may not be listening yet.
+powered_off_or_asked() {
+	! kill -0 $vmm && return
+	echo | busybox nc -w 2 $guest 7003
+	return 1
+}
+powers_off() {
+	if ! wait_for 90 "the guest to power off" powered_off_or_asked; then
+		kill -KILL $vmm
+		echo "it did not"
+		return 1
+	fi
+	wait $vmm && echo "QEMU ended with 0"
+}
 check guest-powers-off powers_off
 check guest-stop backend_stop
 finish 6
