@@ -56,6 +56,7 @@ if ! backend_start "$(card 1)" --iommu "$iommu"; then
 	not_ok guest-backend "$(tail -n 1 "$LOGS/backend.log")"
 	finish 6
 fi
+: >"$LOGS/guest.console" # not to read an earlier guest's words
 qemu-system-x86_64 -machine q35,memory-backend=ram -accel tcg -cpu max -smp 1 -m 256M \
 	-object memory-backend-memfd,id=ram,size=256M,share=on \
 	-chardev "socket,id=port,path=$SOCKET" -netdev vhost-user,id=net,chardev=port \
