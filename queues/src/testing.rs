@@ -41,22 +41,20 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn with_queue(size: u16) -> Self {
         let map = MemoryMap::new("main", Box::new(SoftwareIommu));
-        let region = |guest: u64| {
+        let region = |guest: u64| -> RegionSpec {
             let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
             file.set_len(LEN).unwrap();
             let (guest, frontend) = (GuestAddress(guest), FrontendAddress(guest));
-            let spec = RegionSpec {
+            RegionSpec {
                 guest,
                 frontend,
                 len: LEN,
                 file: Arc::new(file),
                 file_offset: 0,
-            };
-            Arc::new(map.add_region("vm0", spec).unwrap())
+            }
         };
         // The one for the guest's upper addresses gets the lower IOVAs: contiguous for the guest, not for a card.
-        let second = region(SECOND);
-        let table = Arc::new(Table::new(vec![region(BASE), second]).unwrap());
+        let table = map.add("vm0", vec![region(SECOND), region(BASE)]).unwrap();
         Self {
             map,
             table,
@@ -190,7 +188,7 @@ impl Guest {
                     file: Arc::new(file),
                     file_offset: 0,
                 };
-                if self.map.add_region("filler", spec).is_err() {
+                if self.map.add("filler", vec![spec]).is_err() {
                     break;
                 }
             }

@@ -14,7 +14,8 @@
 use std::collections::VecDeque;
 
 use vfio_glue::address::{GuestAddress, Iova};
-use vfio_glue::memory::HostSlice;
+use vfio_glue::map::Leaving;
+use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
@@ -46,6 +47,8 @@ pub struct RxLane<R: RxRing> {
 #[derive(Debug)]
 struct Buffers {
     head: u16,
+    /// Where the card writes: in the guest's memory, or in a slot of ours.
+    iova: Iova,
     kind: Kind,
 }
 
@@ -120,7 +123,7 @@ impl<R: RxRing> RxLane<R> {
                 return Ok(posted);
             };
             self.ring.post(iova);
-            self.posted.push_back(Buffers { head, kind });
+            self.posted.push_back(Buffers { head, iova, kind });
         }
         Ok(2 * BURST)
     }
@@ -241,7 +244,7 @@ impl<R: RxRing> RxLane<R> {
             let Some(received) = self.ring.harvest() else {
                 return given;
             };
-            let Some(Buffers { head, kind }) = self.posted.pop_front() else {
+            let Some(Buffers { head, kind, .. }) = self.posted.pop_front() else {
                 return given;
             };
             let used = self.finish(kind, received);
@@ -345,7 +348,7 @@ impl<R: RxRing> RxLane<R> {
 
     /// Copies `bytes` into the buffers, starting `skip` bytes in.
     fn scatter(&self, buffers: &[Buffer], skip: u32, bytes: &[u8]) {
-        let mut hint = self.guest.hint;
+        let mut hint = TableHint::default();
         let mut skip = skip;
         let mut left = bytes;
         for buffer in buffers {
@@ -416,6 +419,26 @@ impl<R: RxRing> Way for RxLane<R> {
         }
         // Memory that is awaited comes with a command.
         Ok(given > 0 || self.slots.is_awaited() || (more && !self.guest.waits_for_memory))
+    }
+
+    fn is_kept_by(&self, next: &Table, leaving: &Leaving) -> bool {
+        let now = &self.guest.table;
+        let keeps = |start, len| now.keeps(next, leaving, start, len);
+        let all_kept = |buffers: &[Buffer]| buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len));
+        self.posted.iter().all(|posted| match &posted.kind {
+            Kind::InPlace { header } => !leaving.has(posted.iova) && keeps(*header, self.guest.header_len),
+            Kind::OddHeader { buffers } => !leaving.has(posted.iova) && all_kept(buffers),
+            Kind::Bounced { buffers, .. } => all_kept(buffers),
+        })
+    }
+
+    fn held(&self) -> Vec<Iova> {
+        let in_place = |posted: &&Buffers| !matches!(posted.kind, Kind::Bounced { .. });
+        self.posted
+            .iter()
+            .filter(in_place)
+            .map(|posted| posted.iova)
+            .collect()
     }
 
     fn follow_link(&mut self, _up: bool) -> Result<(), NicError> {

@@ -12,7 +12,8 @@
 
 use std::collections::VecDeque;
 
-use vfio_glue::address::GuestAddress;
+use vfio_glue::address::{GuestAddress, Iova};
+use vfio_glue::map::Leaving;
 use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
@@ -41,6 +42,8 @@ pub struct TxLane<R: TxRing> {
     chain: Chain,
     segments: Vec<Segment>,
     taken: VecDeque<Taken>,
+    /// Where the segments are that the card has in the guest's memory, in the order of `taken`.
+    held: VecDeque<Iova>,
     slots: Slots,
     max_frame: u32,
     link_up: bool,
@@ -55,8 +58,8 @@ struct Taken {
 
 #[derive(Debug)]
 enum State {
-    /// With the card, in the guest's memory.
-    InPlace { len: u32 },
+    /// With the card, in the guest's memory, in so many segments.
+    InPlace { len: u32, segments: usize },
     /// With the card, in a slot of ours.
     InSlot { slot: Slot, len: u32, why: Bounce },
     /// Not with the card: it is given back, as lost, when its turn comes.
@@ -97,6 +100,7 @@ impl<R: TxRing> TxLane<R> {
             chain: Chain::with_room_for(size),
             segments: Vec::with_capacity(R::MAX_SEGMENTS),
             taken: VecDeque::with_capacity(size.into()),
+            held: VecDeque::with_capacity(size.into()),
         };
         // A wake-up of whoever had the queue before may be lost.
         lane.guest.publish();
@@ -128,7 +132,8 @@ impl<R: TxRing> TxLane<R> {
     fn count(&mut self, state: &State) {
         let stats = &self.guest.stats;
         match state {
-            State::InPlace { len } => {
+            State::InPlace { len, segments } => {
+                self.held.drain(..(*segments).min(self.held.len()));
                 stats.moved(*len);
                 match self.ring.transfer() {
                     Transfer::Dma => stats.zero_copy_frames.add(1),
@@ -162,7 +167,9 @@ impl<R: TxRing> TxLane<R> {
                 Frame::Lost(why) => State::Lost(why),
                 Frame::InPlace { len } => {
                     self.ring.post(&self.segments);
-                    State::InPlace { len }
+                    self.held.extend(self.segments.iter().map(|segment| segment.iova));
+                    let segments = self.segments.len();
+                    State::InPlace { len, segments }
                 }
                 Frame::Copy { len, why } => match self.post_copy(len, why) {
                     Some(state) => state,
@@ -273,7 +280,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
     fn gather(&self, into: &HostSlice<'_>) -> usize {
-        let mut hint = self.guest.hint;
+        let mut hint = TableHint::default();
         let mut skip = self.guest.header_len;
         let mut copied = 0;
         for buffer in self.chain.readable() {
@@ -298,6 +305,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Gives everything that is still taken back as lost. The card holds none of it any more.
     fn discard(&mut self, why: Drop) {
+        self.held.clear();
         while let Some(oldest) = self.taken.pop_front() {
             if let State::InSlot { slot, .. } = &oldest.state {
                 self.slots.put_back(slot);
@@ -378,6 +386,15 @@ impl<R: TxRing> Way for TxLane<R> {
         // waits in the virtqueue for either must not keep us awake.
         let can_take = more && self.has_room() && !self.guest.waits_for_memory;
         Ok(given > 0 || self.slots.is_awaited() || can_take)
+    }
+
+    fn is_kept_by(&self, _next: &Table, leaving: &Leaving) -> bool {
+        // What was copied is ours, and nothing is written when the card is done.
+        leaving.is_empty() || !self.held.iter().any(|iova| leaving.has(*iova))
+    }
+
+    fn held(&self) -> Vec<Iova> {
+        self.held.iter().copied().collect()
     }
 
     fn follow_link(&mut self, up: bool) -> Result<(), NicError> {

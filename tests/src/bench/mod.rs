@@ -103,16 +103,15 @@ impl Bench {
         let regions = memory.regions().into_iter().map(|region| {
             let announced = region.announcement();
             let file = region.fd().try_clone_to_owned().expect("a descriptor");
-            let spec = RegionSpec {
+            RegionSpec {
                 guest: GuestAddress(announced.gpa),
                 frontend: FrontendAddress(announced.user),
                 len: announced.len,
                 file: Arc::new(file.into()),
                 file_offset: announced.file_offset,
-            };
-            Arc::new(map.add_region("vm0", spec).expect("the region is mapped"))
+            }
         });
-        let table = Arc::new(Table::new(regions.collect()).expect("a table"));
+        let table = map.add("vm0", regions.collect()).expect("the memory is mapped");
         Self {
             kernel,
             map,
