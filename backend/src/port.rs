@@ -11,6 +11,7 @@ use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
 use queues::nic::{Link, Nic, NicError};
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::{Region, Table};
+use vfio_glue::pci::HostEvent;
 
 use crate::worker::{LaneId, Patience, Worker, WorkerGone};
 
@@ -364,6 +365,14 @@ impl Port {
         self.state()
             .nic
             .link_event()
+            .and_then(|fd| fd.try_clone_to_owned().ok())
+    }
+
+    /// A duplicate of what becomes readable when the host tells `which` of the device.
+    pub fn host_event(&self, which: HostEvent) -> Option<std::os::fd::OwnedFd> {
+        self.state()
+            .nic
+            .host_event(which)
             .and_then(|fd| fd.try_clone_to_owned().ok())
     }
 

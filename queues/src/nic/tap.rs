@@ -17,6 +17,7 @@ use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 use vfio_glue::address::Iova;
 use vfio_glue::iommu::software::SoftwareBus;
 use vfio_glue::map::MemoryMap;
+use vfio_glue::pci::HostEvent;
 
 use super::{Berth, Link, Nic, NicError, Received, Ring, RxRing, Segment, Transfer, TxRing, Verdict};
 use crate::lane::{Lane, LaneSetup, RxLane, TxLane};
@@ -107,6 +108,10 @@ impl Nic for Tap {
     }
 
     fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn host_event(&self, _which: HostEvent) -> Option<BorrowedFd<'_>> {
         None
     }
 

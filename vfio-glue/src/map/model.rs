@@ -21,7 +21,7 @@ use crate::address::{FrontendAddress, GuestAddress};
 use crate::iommu::DeviceAddress;
 use crate::iommu::fake::FakeKernel;
 use crate::memory::{DmaBuffer, Region, RegionSpec, Table, TableHint};
-use crate::pci::{PciError, PciFunction, Registers};
+use crate::pci::{HostEvent, PciError, PciFunction, Registers};
 
 const PAGE: u64 = 4096;
 const FILES: usize = 3;
@@ -450,6 +450,10 @@ impl PciFunction for Nothing {
 
     fn set_vector(&self, _vector: u16, _event: Option<BorrowedFd<'_>>) -> Result<(), PciError> {
         Ok(())
+    }
+
+    fn set_host_event(&self, _which: HostEvent, _event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        Ok(false)
     }
 
     fn reset(&self) -> Result<(), PciError> {

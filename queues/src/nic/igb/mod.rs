@@ -22,11 +22,13 @@ mod regs;
 mod rx;
 mod tx;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::event::{EventfdFlags, eventfd};
 use vfio_glue::map::Device;
 use vfio_glue::memory::DescriptorRing;
+use vfio_glue::pci::HostEvent;
 use vfio_glue::pci::config_space::{BusMaster, identity, set_bus_master};
 
 use self::card::{Card, FrameBound, Vector};
@@ -50,6 +52,10 @@ pub struct Igb {
     mac: Option<[u8; 6]>,
     pairs: Vec<Pair>,
     link_vector: Vector,
+    /// The host wants the card back.
+    release: Option<OwnedFd>,
+    /// The bus reported an error of the card.
+    error: Option<OwnedFd>,
     // Last: rings and registers go before the device leaves its map.
     device: Device,
 }
@@ -109,7 +115,15 @@ impl Igb {
         }
         let link_vector = Vector::new(2 * PAIRS).map_err(failed)?;
         function.set_vector(link_vector.index, Some(link_vector.event()))?;
+        let [release, error] = [HostEvent::Release, HostEvent::Error].map(|which| {
+            let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+            let event = event.map_err(|source| failed(source.into()))?;
+            let tells = function.set_host_event(which, Some(event.as_fd()))?;
+            Ok::<_, NicError>(tells.then_some(event))
+        });
         let mut igb = Self {
+            release: release?,
+            error: error?,
             card,
             mac: None,
             pairs,
@@ -202,6 +216,14 @@ impl Nic for Igb {
 
     fn link_event(&self) -> Option<BorrowedFd<'_>> {
         Some(self.link_vector.event())
+    }
+
+    fn host_event(&self, which: HostEvent) -> Option<BorrowedFd<'_>> {
+        let event = match which {
+            HostEvent::Release => &self.release,
+            HostEvent::Error => &self.error,
+        };
+        event.as_ref().map(AsFd::as_fd)
     }
 
     fn rx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
