@@ -77,6 +77,10 @@ impl Nic for Absent {
     fn reset(&mut self) -> Result<(), NicError> {
         Ok(())
     }
+
+    fn end_dma(&mut self) -> Result<(), NicError> {
+        Ok(())
+    }
 }
 
 /// A queue that nothing goes through.

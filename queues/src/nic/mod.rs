@@ -284,4 +284,12 @@ pub trait Nic: Send {
     ///
     /// [`NicError`] if it does not come back.
     fn reset(&mut self) -> Result<(), NicError>;
+
+    /// Makes certain that none of the device's DMA happens any more, though a queue of it did not stop. Only a
+    /// [`reset`](Self::reset) makes it usable again.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError`] if that is not certain: what the device may reach has to stay.
+    fn end_dma(&mut self) -> Result<(), NicError>;
 }

@@ -136,6 +136,10 @@ impl Nic for Tap {
     fn reset(&mut self) -> Result<(), NicError> {
         Ok(())
     }
+
+    fn end_dma(&mut self) -> Result<(), NicError> {
+        Ok(())
+    }
 }
 
 struct Shared {

@@ -28,8 +28,8 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_glue::map::Device;
 use vfio_glue::memory::DescriptorRing;
-use vfio_glue::pci::HostEvent;
 use vfio_glue::pci::config_space::{BusMaster, identity, set_bus_master};
+use vfio_glue::pci::{HostEvent, PciError};
 
 use self::card::{Card, FrameBound, Vector};
 use self::family::Family;
@@ -182,6 +182,19 @@ impl Igb {
         card.unmask(&self.link_vector);
     }
 
+    /// Takes Bus Master and every interrupt from it.
+    fn disconnect(&self) -> Result<(), PciError> {
+        let function = self.device.function();
+        set_bus_master(function.as_ref(), BusMaster::Off)?;
+        for vector in 0..=self.link_vector.index {
+            function.set_vector(vector, None)?;
+        }
+        for which in [HostEvent::Release, HostEvent::Error] {
+            function.set_host_event(which, None)?;
+        }
+        Ok(())
+    }
+
     fn pair(&self, pair: u16) -> Result<&Pair, NicError> {
         self.pairs
             .get(usize::from(pair))
@@ -239,17 +252,31 @@ impl Nic for Igb {
     }
 
     fn reset(&mut self) -> Result<(), NicError> {
-        set_bus_master(self.device.function().as_ref(), BusMaster::Off)?;
-        self.device.function().reset()?;
+        self.end_dma()?;
         self.bring_up()
+    }
+
+    fn end_dma(&mut self) -> Result<(), NicError> {
+        let function = self.device.function();
+        let ended = set_bus_master(function.as_ref(), BusMaster::Off).and_then(|()| function.reset());
+        match (ended, self.card.check_present()) {
+            (Ok(()), _) => Ok(()),
+            // A card that is gone cannot be reset, and does no DMA.
+            (Err(error), Err(gone)) => {
+                tracing::warn!(%error, "{gone}");
+                Ok(())
+            }
+            (Err(error), Ok(())) => Err(error.into()),
+        }
     }
 }
 
 impl Drop for Igb {
     fn drop(&mut self) {
         init::release(&self.card);
-        if let Err(error) = set_bus_master(self.device.function().as_ref(), BusMaster::Off) {
-            tracing::warn!(card = self.card.name(), %error, "Bus Master stays on");
+        if let Err(error) = self.disconnect() {
+            // Closing it does the same to one that is there.
+            tracing::warn!(card = self.card.name(), %error, "the card was not let go as it should");
         }
     }
 }
