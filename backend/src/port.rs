@@ -3,14 +3,19 @@
 //! ```text
 //! session ──start/stop──▶ Port ──Nic::rx_lane, tx_lane──▶ lane ──▶ worker
 //! link thread ──link changed──▶ Port ──▶ every lane
+//! operator, host ──set_device, renew──▶ Port ──▶ occupant: lanes stop ──▶ device changes ──▶ lanes run again
 //! ```
+//!
+//! A device comes and goes under a front-end that stays. In between, the port has [`queues::nic::absent::Absent`].
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
 use queues::nic::{Link, Nic, NicError};
 use vfio_glue::map::{Extent, MemoryMap};
 use vfio_glue::memory::Table;
+use vfio_glue::pci::HostEvent;
 
 use crate::worker::{LaneId, Patience, Worker, WorkerGone};
 
@@ -51,6 +56,28 @@ pub enum PortError {
         /// The port.
         port: String,
     },
+    /// The device cannot be taken from its port.
+    #[error("port {port} keeps {device} and its memory stays mapped: its DMA could not be ended")]
+    KeepsDevice {
+        /// The port.
+        port: String,
+        /// The device it has.
+        device: String,
+        /// Why not.
+        source: Box<NicError>,
+    },
+    /// A device that does not fit what the front-end was told.
+    #[error("{device} has {pairs} queue pairs, port {port} has {wanted}")]
+    QueuePairs {
+        /// The port.
+        port: String,
+        /// The device to come.
+        device: String,
+        /// How many it has.
+        pairs: u16,
+        /// How many it would need.
+        wanted: usize,
+    },
     /// The card failed.
     #[error("the device failed")]
     Nic(#[from] NicError),
@@ -69,7 +96,10 @@ pub struct Port {
     patience: Patience,
     max_frame: u32,
     stats: Vec<Arc<LaneStats>>,
+    resets: AtomicU64,
     state: Mutex<State>,
+    /// What `state` shows, so that nobody waits for a device just to look. Held for a moment, with nothing else taken.
+    shown: Mutex<PortStatus>,
 }
 
 struct State {
@@ -96,17 +126,30 @@ struct Seat {
     id: LaneId,
 }
 
-/// Whoever uses a port: it alone knows which lanes are to run again after a reset.
+/// Whoever uses a port: it alone knows which lanes are to run.
 pub trait Occupant: Send + Sync {
-    /// The device must be reset: stop the lanes, reset, start those again that ran.
-    fn device_needs_reset(&self);
+    /// Stops all lanes, does `work`, and has those run again that are to run, unless `work` says otherwise.
+    ///
+    /// Blocks for as long as that takes, and keeps the front-end waiting for so long.
+    fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes);
+}
+
+/// What becomes of a port's lanes when something was done to its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lanes {
+    /// Those run that are to run.
+    Run,
+    /// The device is of no use: they stay at rest.
+    Rest,
 }
 
 /// Nobody.
 struct Vacant;
 
 impl Occupant for Vacant {
-    fn device_needs_reset(&self) {}
+    fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
+        work();
+    }
 }
 
 impl std::fmt::Debug for Port {
@@ -116,7 +159,7 @@ impl std::fmt::Debug for Port {
 }
 
 /// What a port looks like at one moment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PortStatus {
     /// The device's name.
     pub device: String,
@@ -140,7 +183,12 @@ impl Port {
     ) -> Self {
         let queues = 2 * usize::from(nic.queue_pairs());
         let (device, link) = (nic.name(), nic.link());
-        let running = vec![None; queues];
+        let shown = PortStatus {
+            device: device.clone(),
+            link,
+            connected: false,
+            running: vec![false; queues],
+        };
         Self {
             name: name.to_owned(),
             map,
@@ -149,11 +197,13 @@ impl Port {
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
+            resets: AtomicU64::new(0),
+            shown: Mutex::new(shown),
             state: Mutex::new(State {
                 nic,
                 device,
                 link,
-                running,
+                running: vec![None; queues],
                 connected: false,
                 occupant: Weak::<Vacant>::new(),
                 stuck: Vec::new(),
@@ -188,15 +238,14 @@ impl Port {
         self.stats.get(index)
     }
 
-    /// What it looks like now.
+    /// What it looks like now. Does not wait for the device, whatever is done to it.
     pub fn status(&self) -> PortStatus {
-        let state = self.state();
-        PortStatus {
-            device: state.device.clone(),
-            link: state.link,
-            connected: state.connected,
-            running: state.running.iter().map(Option::is_some).collect(),
-        }
+        self.shown().clone()
+    }
+
+    /// How often a device of this port was reset and came back.
+    pub fn resets(&self) -> u64 {
+        self.resets.load(Ordering::Relaxed)
     }
 
     /// A front-end has come.
@@ -204,6 +253,7 @@ impl Port {
         let mut state = self.state();
         state.connected = true;
         state.occupant = occupant;
+        self.show(&state);
     }
 
     /// The front-end has gone.
@@ -211,6 +261,7 @@ impl Port {
         let mut state = self.state();
         state.connected = false;
         state.occupant = Weak::<Vacant>::new();
+        self.show(&state);
     }
 
     /// Keeps memory mapped that a stuck device may still use. It goes with the next reset that helps.
@@ -256,6 +307,7 @@ impl Port {
         if let Some(slot) = state.running.get_mut(index) {
             *slot = Some(Seat { worker, id });
         }
+        self.show(&state);
         Ok(())
     }
 
@@ -272,6 +324,7 @@ impl Port {
         let Some(seat) = state.running.get_mut(index).and_then(Option::take) else {
             return Ok(None);
         };
+        self.show(&state);
         let Some(lane) = seat.worker.remove(seat.id)? else {
             return Ok(None);
         };
@@ -345,17 +398,108 @@ impl Port {
     ///
     /// [`NicError`] if it does not come back; its DMA may go on, and everything stays mapped.
     pub fn reset(&self) -> Result<(), NicError> {
+        self.reset_at_rest(&mut self.state())
+    }
+
+    /// Resets the device under whoever is connected: the lanes stop before and run again after.
+    ///
+    /// # Errors
+    ///
+    /// As [`reset`](Self::reset); the lanes are at rest then.
+    pub fn renew(&self) -> Result<(), NicError> {
+        self.at_rest(&mut |state| self.reset_at_rest(state))
+    }
+
+    /// Gives the port another device in place of the one it has, under whoever is connected: the lanes stop before and
+    /// run again after. The one it had is off its map when this returns.
+    ///
+    /// Blocks for as long as the devices take, some 100 ms.
+    ///
+    /// # Errors
+    ///
+    /// [`PortError::QueuePairs`] if it does not fit, and [`PortError::KeepsDevice`] if the one the port has did not stop
+    /// and cannot be reset either. The port is as before, and `nic` is let go.
+    pub fn set_device(&self, nic: Box<dyn Nic>) -> Result<(), PortError> {
+        if 2 * usize::from(nic.queue_pairs()) != self.queues() {
+            return Err(PortError::QueuePairs {
+                port: self.name.clone(),
+                device: nic.name(),
+                pairs: nic.queue_pairs(),
+                wanted: self.queues() / 2,
+            });
+        }
+        let mut coming = Some(nic);
+        self.at_rest(&mut |state| coming.take().map_or(Ok(()), |nic| self.swap(state, nic)))
+    }
+
+    /// Does `work` while no lane runs. After an error of it the lanes stay at rest.
+    fn at_rest<E>(&self, work: &mut dyn FnMut(&mut State) -> Result<(), E>) -> Result<(), E> {
+        loop {
+            let mut outcome = None;
+            let mut once = || {
+                let mut state = self.state();
+                // The front-end that was asked may have gone meanwhile, and another come.
+                if state.running.iter().any(Option::is_some) {
+                    return Lanes::Run;
+                }
+                let worked = work(&mut state);
+                let lanes = if worked.is_ok() { Lanes::Run } else { Lanes::Rest };
+                outcome = Some(worked);
+                lanes
+            };
+            let occupant = self.state().occupant.upgrade();
+            // The occupant comes back here for its lanes, so it is asked with nothing held.
+            match occupant {
+                Some(occupant) => occupant.with_lanes_stopped(&mut once),
+                None => {
+                    once();
+                }
+            }
+            if let Some(outcome) = outcome {
+                return outcome;
+            }
+        }
+    }
+
+    fn reset_at_rest(&self, state: &mut State) -> Result<(), NicError> {
         tracing::warn!(port = self.name, "the device is reset");
-        let mut state = self.state();
         state.nic.reset()?;
+        self.resets.fetch_add(1, Ordering::Relaxed);
         state.link = state.nic.link();
+        self.show(state);
+        self.let_go(state);
+        Ok(())
+    }
+
+    fn swap(&self, state: &mut State, mut nic: Box<dyn Nic>) -> Result<(), PortError> {
+        // A queue that runs on would write where others may have their memory next.
+        if !(state.stuck.is_empty() && state.abandoned.is_empty())
+            && let Err(source) = state.nic.end_dma()
+        {
+            return Err(PortError::KeepsDevice {
+                port: self.name.clone(),
+                device: state.device.clone(),
+                source: Box::new(source),
+            });
+        }
+        let device = nic.name();
+        state.link = nic.link();
+        let before = std::mem::replace(&mut state.device, device.clone());
+        drop(std::mem::replace(&mut state.nic, nic));
+        self.show(state);
+        self.let_go(state);
+        tracing::info!(port = self.name, before, device, "another device");
+        Ok(())
+    }
+
+    /// Lets memory go that was kept for the device's DMA, which is over.
+    fn let_go(&self, state: &mut State) {
         state.stuck.clear();
         let abandoned = std::mem::take(&mut state.abandoned);
         if let Err(error) = self.map.let_go(&self.name, &abandoned) {
             let error: &dyn std::error::Error = &error;
             tracing::error!(port = self.name, error, "a range stays mapped");
         }
-        Ok(())
     }
 
     /// A duplicate of what becomes readable when the link may have changed.
@@ -363,6 +507,14 @@ impl Port {
         self.state()
             .nic
             .link_event()
+            .and_then(|fd| fd.try_clone_to_owned().ok())
+    }
+
+    /// A duplicate of what becomes readable when the host tells `which` of the device.
+    pub fn host_event(&self, which: HostEvent) -> Option<std::os::fd::OwnedFd> {
+        self.state()
+            .nic
+            .host_event(which)
             .and_then(|fd| fd.try_clone_to_owned().ok())
     }
 
@@ -377,6 +529,7 @@ impl Port {
             return;
         }
         state.link = link;
+        self.show(&state);
         match link {
             Link::Up { mbps } => tracing::info!(port = self.name, mbps, "link is up"),
             Link::Down => tracing::warn!(
@@ -395,11 +548,14 @@ impl Port {
                 Err(error) => tracing::error!(port = self.name, %error, "a lane did not follow the link"),
             }
         }
-        let occupant = state.occupant.upgrade();
-        // The occupant comes back here for its lanes.
         drop(state);
-        if let Some(occupant) = occupant.filter(|_| needs_reset) {
-            occupant.device_needs_reset();
+        if needs_reset && let Err(error) = self.renew() {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(
+                port = self.name,
+                error,
+                "the device did not come back from its reset"
+            );
         }
     }
 
@@ -417,6 +573,19 @@ impl Port {
             *slot = Some(Seat { id, ..seat });
         }
         Ok(told?)
+    }
+
+    fn show(&self, state: &State) {
+        *self.shown() = PortStatus {
+            device: state.device.clone(),
+            link: state.link,
+            connected: state.connected,
+            running: state.running.iter().map(Option::is_some).collect(),
+        };
+    }
+
+    fn shown(&self) -> MutexGuard<'_, PortStatus> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -24,7 +24,7 @@ use vfio_glue::map::MapError;
 use vfio_glue::memory::{Table, VirtqMemoryError};
 
 use self::vring::Vring;
-use crate::port::{Occupant, Port, PortError};
+use crate::port::{Lanes, Occupant, Port, PortError};
 use crate::worker::WorkerGone;
 
 /// Virtio feature bits we offer, and one of vhost-user (virtio 1.2 §5.1.3, §6; vhost-user, "Feature negotiation").
@@ -271,14 +271,19 @@ impl Session {
 }
 
 impl Occupant for Session {
-    fn device_needs_reset(&self) {
+    fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         let mut state = self.state();
-        if let Err(error) = self.reset_device(&mut state) {
+        let stopped = self.halt_all(&mut state);
+        let started = match work() {
+            Lanes::Run => self.settle_all(&mut state),
+            Lanes::Rest => Ok(()),
+        };
+        if let Err(error) = stopped.and(started) {
             let error: &dyn std::error::Error = &error;
             tracing::error!(
                 port = self.port.name(),
                 error,
-                "the device did not come back from its reset"
+                "not every lane runs again with the device"
             );
         }
     }

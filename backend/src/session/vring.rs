@@ -199,13 +199,21 @@ impl Session {
 
     /// Stops all lanes. After an error the card may still use the guest's memory.
     pub(super) fn stop_all(&self, state: &mut State) -> Result<(), SessionError> {
-        for index in 0..state.vrings.len() {
-            self.halt(state, index)?;
-        }
+        self.halt_all(state)?;
         if self.port.is_stuck() {
             self.port.reset()?;
         }
         Ok(())
+    }
+
+    /// Stops all lanes and keeps their places. Goes on after an error and returns the first.
+    pub(super) fn halt_all(&self, state: &mut State) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        for index in 0..state.vrings.len() {
+            let halted = self.halt(state, index);
+            result = result.and(halted);
+        }
+        result
     }
 
     /// Stops one lane and keeps its place. Whether the card's queue stopped, the port knows.
@@ -222,9 +230,7 @@ impl Session {
 
     /// The one way out of a card that will not stop: all lanes stop, the device is reset, those that ran run again.
     pub(super) fn reset_device(&self, state: &mut State) -> Result<(), SessionError> {
-        for index in 0..state.vrings.len() {
-            self.halt(state, index)?;
-        }
+        self.halt_all(state)?;
         self.port.reset()?;
         self.settle_all(state)
     }

@@ -8,6 +8,7 @@
 //! A card makes one pair of rings per queue pair. A ring belongs to one lane at a time; stopped, it goes back to
 //! its berth and the next lane takes it.
 
+pub mod absent;
 pub mod igb;
 pub mod tap;
 
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_glue::address::Iova;
 use vfio_glue::map::MapError;
-use vfio_glue::pci::PciError;
+use vfio_glue::pci::{HostEvent, PciError};
 
 /// Why the card failed.
 #[derive(Debug, thiserror::Error)]
@@ -252,6 +253,9 @@ pub trait Nic: Send {
     /// What becomes readable when the link may have changed, if the device tells.
     fn link_event(&self) -> Option<BorrowedFd<'_>>;
 
+    /// What becomes readable when the host tells `which`, if it ever does. Whoever waits for it reads the count.
+    fn host_event(&self, which: HostEvent) -> Option<BorrowedFd<'_>>;
+
     /// Takes the receive ring of pair `pair` and makes it a lane over a guest's queue.
     ///
     /// # Errors
@@ -280,4 +284,12 @@ pub trait Nic: Send {
     ///
     /// [`NicError`] if it does not come back.
     fn reset(&mut self) -> Result<(), NicError>;
+
+    /// Makes certain that none of the device's DMA happens any more, though a queue of it did not stop. Only a
+    /// [`reset`](Self::reset) makes it usable again.
+    ///
+    /// # Errors
+    ///
+    /// [`NicError`] if that is not certain: what the device may reach has to stay.
+    fn end_dma(&mut self) -> Result<(), NicError>;
 }

@@ -17,6 +17,7 @@ use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 use vfio_glue::address::Iova;
 use vfio_glue::iommu::software::SoftwareBus;
 use vfio_glue::map::MemoryMap;
+use vfio_glue::pci::HostEvent;
 
 use super::{Berth, Link, Nic, NicError, Received, Ring, RxRing, Segment, Transfer, TxRing, Verdict};
 use crate::lane::{Lane, LaneSetup, RxLane, TxLane};
@@ -110,6 +111,10 @@ impl Nic for Tap {
         None
     }
 
+    fn host_event(&self, _which: HostEvent) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     fn rx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
         let ring = self
             .rx
@@ -129,6 +134,10 @@ impl Nic for Tap {
     }
 
     fn reset(&mut self) -> Result<(), NicError> {
+        Ok(())
+    }
+
+    fn end_dma(&mut self) -> Result<(), NicError> {
         Ok(())
     }
 }

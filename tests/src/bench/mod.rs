@@ -22,7 +22,7 @@ use vfio_glue::iommu::fake::FakeKernel;
 use vfio_glue::iommu::software::SoftwareBus;
 use vfio_glue::map::MemoryMap;
 use vfio_glue::memory::{HostRange, RegionSpec, Table, VirtqMemory};
-use vfio_glue::pci::{PciAddress, PciError, PciFunction, Registers};
+use vfio_glue::pci::{HostEvent, PciAddress, PciError, PciFunction, Registers};
 
 use crate::card::{BAR0_LEN_BYTES, Bus, BusFault, Card82576, DriverUse, Options, RangeKind, Signal, VECTORS};
 use crate::frontend::driver::SplitQueue;
@@ -307,6 +307,10 @@ impl PciFunction for CardFunction {
         self.card()
             .set_irq(vector, event.map(|event| Box::new(event) as Box<dyn Signal>));
         Ok(())
+    }
+
+    fn set_host_event(&self, _which: HostEvent, _event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        Ok(false)
     }
 
     fn reset(&self) -> Result<(), PciError> {

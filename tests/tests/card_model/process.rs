@@ -19,6 +19,8 @@ use super::driver::{RCTL, WHOLE_FRAME, frame, low_half};
 
 const CONFIG: u32 = 7;
 const MSIX: u32 = 2;
+const ERROR: u32 = 3;
+const REQUEST: u32 = 4;
 /// EVENTFD and TRIGGER of VFIO_IRQ_SET.
 const SET_EVENTFD: u32 = 4 | 32;
 const RINGS: u64 = 0x10_0000;
@@ -75,19 +77,31 @@ impl Model {
 
     /// Sends a command to the control socket and returns the lines before `ok`.
     fn control(&self, command: &str) -> Vec<String> {
-        let stream = retry(|| UnixStream::connect(self.folder.path().join("control")).ok());
-        (&stream)
-            .write_all(format!("{command}\n").as_bytes())
-            .expect("a command sent");
-        let lines: Vec<String> = BufReader::new(&stream)
-            .lines()
-            .map_while(Result::ok)
-            .take_while(|line| line != "ok")
-            .collect();
+        let lines = self.answer(command);
         assert!(
             lines.iter().all(|line| !line.starts_with("error")),
             "{command}: {lines:?}"
         );
+        lines
+    }
+
+    /// Sends a command and returns the lines before `ok`, or up to an error.
+    fn answer(&self, command: &str) -> Vec<String> {
+        let stream = retry(|| UnixStream::connect(self.folder.path().join("control")).ok());
+        (&stream)
+            .write_all(format!("{command}\n").as_bytes())
+            .expect("a command sent");
+        let mut lines = Vec::new();
+        for line in BufReader::new(&stream).lines().map_while(Result::ok) {
+            if line == "ok" {
+                break;
+            }
+            let is_error = line.starts_with("error");
+            lines.push(line);
+            if is_error {
+                break;
+            }
+        }
         lines
     }
 
@@ -362,6 +376,28 @@ fn held_frames_wait_on_the_wire_for_buffers() {
     driver.post_rx(1);
     let second = retry(|| driver.received(1));
     assert_eq!((first, second), (frame(60, 1), frame(60, 2)));
+    assert_eq!(model.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn the_host_tells_whoever_listens_and_nobody_after_the_client_has_gone() {
+    let model = Model::start(&[]);
+    assert_eq!(model.answer("request"), ["error: no client listens"]);
+    let mut driver = model.connect();
+    let [request, error] = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+    for (index, event) in [(REQUEST, &request), (ERROR, &error)] {
+        driver
+            .client
+            .set_irqs(index, SET_EVENTFD, 0, 1, &[event.as_raw_fd()])
+            .expect("an event");
+    }
+    model.control("aer");
+    assert_eq!(wait(&error), 1);
+    assert!(request.read().is_err(), "the other one is quiet");
+    model.control("request");
+    assert_eq!(wait(&request), 1);
+    drop(driver);
+    retry(|| (model.answer("aer") == ["error: no client listens"]).then_some(()));
     assert_eq!(model.end(), (Some(0), String::new()));
 }
 

@@ -153,18 +153,21 @@ mod tests {
 
     use super::*;
     use crate::memory::HostRange;
+    use crate::pci::HostEvent;
     use crate::pci::config_space::{BusMaster, identity, set_bus_master};
 
     const BAR_BYTES: u64 = 64;
     const ODD: u64 = 0x6666_0000;
 
-    /// A card of one BAR: register 4 fires vector 1; an access at 8 is refused.
+    /// A card of one BAR: register 4 fires vector 1; an access at 8 is refused. Its host can want it back, and tells of no
+    /// errors.
     #[derive(Default)]
     struct Card {
         config: Vec<u8>,
         bar: Vec<u8>,
         mapped: Vec<(u64, u64, u64, File)>,
         vectors: BTreeMap<u32, File>,
+        release: Option<File>,
         resets: u32,
         refuses_map: Option<u64>,
         refuses_unmap: Option<u64>,
@@ -245,13 +248,18 @@ mod tests {
             count: u32,
             fds: Vec<File>,
         ) -> io::Result<()> {
-            assert_eq!(index, vfio::VFIO_PCI_MSIX_IRQ_INDEX);
             assert_eq!(
                 flags,
                 vfio::VFIO_IRQ_SET_DATA_EVENTFD | vfio::VFIO_IRQ_SET_ACTION_TRIGGER
             );
             assert_eq!(count, 1);
-            let vectors = &mut self.0.lock().unwrap().vectors;
+            let mut card = self.0.lock().unwrap();
+            if index == vfio::VFIO_PCI_REQ_IRQ_INDEX {
+                card.release = fds.into_iter().next();
+                return Ok(());
+            }
+            assert_eq!(index, vfio::VFIO_PCI_MSIX_IRQ_INDEX);
+            let vectors = &mut card.vectors;
             match fds.into_iter().next() {
                 Some(fd) => vectors.insert(start, fd),
                 None => vectors.remove(&start),
@@ -285,10 +293,10 @@ mod tests {
         let irqs = (0..5).map(|index| IrqInfo {
             index,
             flags: vfio::VFIO_IRQ_INFO_EVENTFD,
-            count: if index == vfio::VFIO_PCI_MSIX_IRQ_INDEX {
-                3
-            } else {
-                0
+            count: match index {
+                vfio::VFIO_PCI_MSIX_IRQ_INDEX => 3,
+                vfio::VFIO_PCI_REQ_IRQ_INDEX => 1,
+                _ => 0,
             },
         });
         let server = Server::new(&path, true, irqs.collect(), regions.collect()).unwrap();
@@ -374,6 +382,39 @@ mod tests {
         assert_eq!(served.card.0.lock().unwrap().resets, 1);
         iommu.detach(&served.device).unwrap();
         served.thread.join().unwrap();
+    }
+
+    #[test]
+    fn the_host_can_ask_for_the_device_and_an_interrupt_that_is_not_there_is_no_error() {
+        let served = serve();
+        let mut iommu = VfioUserIommu::new();
+        let function = iommu.attach(&served.device).unwrap();
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        assert!(
+            !function
+                .set_host_event(HostEvent::Error, Some(event.as_fd()))
+                .unwrap()
+        );
+        assert!(
+            function
+                .set_host_event(HostEvent::Release, Some(event.as_fd()))
+                .unwrap()
+        );
+        let mut host = served.card.0.lock().unwrap().release.take().unwrap();
+        host.write_all(&1_u64.to_ne_bytes()).unwrap();
+        let mut count = [0; 8];
+        rustix::io::read(&event, &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 1);
+        served.card.0.lock().unwrap().release = Some(host);
+        assert!(function.set_host_event(HostEvent::Release, None).unwrap());
+        assert!(served.card.0.lock().unwrap().release.is_none());
+        iommu.detach(&served.device).unwrap();
+        served.thread.join().unwrap();
+        let error = function.set_host_event(HostEvent::Release, None).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("{}: the request interrupt could not be set", served.device)
+        );
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::address::{FrontendAddress, GuestAddress};
 use crate::iommu::DeviceAddress;
 use crate::iommu::fake::FakeKernel;
 use crate::memory::{DmaBuffer, RegionSpec, Table, TableHint};
-use crate::pci::{PciError, PciFunction, Registers};
+use crate::pci::{HostEvent, PciError, PciFunction, Registers};
 
 const PAGE: u64 = 4096;
 const GUESTS: usize = 3;
@@ -593,6 +593,10 @@ impl PciFunction for Nothing {
 
     fn set_vector(&self, _vector: u16, _event: Option<BorrowedFd<'_>>) -> Result<(), PciError> {
         Ok(())
+    }
+
+    fn set_host_event(&self, _which: HostEvent, _event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        Ok(false)
     }
 
     fn reset(&self) -> Result<(), PciError> {

@@ -20,6 +20,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use vfio_bindings::bindings::vfio::{VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX};
+
 pub use address::{PciAddress, PciAddressError};
 
 /// Why an access to the function failed.
@@ -61,6 +63,16 @@ pub enum PciError {
         /// The system's answer.
         source: io::Error,
     },
+    /// What the host tells could not be connected or disconnected.
+    #[error("{device}: the {event} interrupt could not be set")]
+    HostEvent {
+        /// The function's name.
+        device: String,
+        /// `request` or `error`.
+        event: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The function cannot be reset.
     #[error("{device}: reset failed")]
     Reset {
@@ -69,6 +81,52 @@ pub enum PciError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+/// What the host tells of a function that it has lent us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostEvent {
+    /// The host wants the function back, for instance because its driver is unbound: it waits until we let go.
+    Release,
+    /// The bus reported an error that the function did not recover from (AER): it needs a reset.
+    Error,
+}
+
+impl HostEvent {
+    /// The word in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Release => "request",
+            Self::Error => "error",
+        }
+    }
+
+    /// The interrupt that VFIO and vfio-user tell it by, which has one number, 0.
+    fn irq_index(self) -> u32 {
+        match self {
+            Self::Release => VFIO_PCI_REQ_IRQ_INDEX,
+            Self::Error => VFIO_PCI_ERR_IRQ_INDEX,
+        }
+    }
+
+    fn failed(self, device: &str) -> impl Fn(io::Error) -> PciError {
+        let (device, event) = (device.to_owned(), self.as_str());
+        move |source| PciError::HostEvent {
+            device: device.clone(),
+            event,
+            source,
+        }
+    }
+}
+
+/// Whether there is an interrupt, from what came of asking how many there are. VFIO answers EINVAL for an index that a
+/// function does not have: the error interrupt exists for PCI Express only.
+fn has_irq(count: io::Result<u32>) -> io::Result<bool> {
+    match count {
+        Ok(count) => Ok(count > 0),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// A window of 32-bit little-endian registers: a BAR.
@@ -127,6 +185,14 @@ pub trait PciFunction: Send + Sync {
     ///
     /// [`PciError::Interrupt`].
     fn set_vector(&self, vector: u16, event: Option<BorrowedFd<'_>>) -> Result<(), PciError>;
+
+    /// Has the host tell `which` by `event` from now on, or no more. Returns whether it ever will: a function without
+    /// such an interrupt is none the worse.
+    ///
+    /// # Errors
+    ///
+    /// [`PciError::HostEvent`].
+    fn set_host_event(&self, which: HostEvent, event: Option<BorrowedFd<'_>>) -> Result<bool, PciError>;
 
     /// Resets the function (FLR). Blocks until it is done, some 100 ms. All registers are at their defaults
     /// afterwards, DMA has ended, and Bus Master is as the reset left it.

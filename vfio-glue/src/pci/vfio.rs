@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use vfio_bindings::bindings::vfio;
 
 use super::mmio::MappedBar;
-use super::{PciError, PciFunction, Registers};
+use super::{HostEvent, PciError, PciFunction, Registers, has_irq};
 use crate::sys;
 
 const COMMAND: u16 = 0x04;
@@ -231,6 +231,15 @@ impl PciFunction for VfioFunction {
             &[event],
         )
         .map_err(failed)
+    }
+
+    fn set_host_event(&self, which: HostEvent, event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        let (index, failed) = (which.irq_index(), which.failed(&self.name));
+        if !has_irq(sys::irq_count(&self.device, index)).map_err(&failed)? {
+            return Ok(false);
+        }
+        sys::set_irqs(&self.device, index, 0, &[event]).map_err(failed)?;
+        Ok(true)
     }
 
     fn reset(&self) -> Result<(), PciError> {

@@ -24,7 +24,7 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vfio_bindings::bindings::vfio;
 
-use super::{PciError, PciFunction, Registers};
+use super::{HostEvent, PciError, PciFunction, Registers, has_irq};
 use crate::address::Iova;
 
 const VERSION: u16 = 1;
@@ -407,6 +407,15 @@ impl PciFunction for VfioUserFunction {
             vectors: self.vectors,
             source,
         })
+    }
+
+    fn set_host_event(&self, which: HostEvent, event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        let (index, failed) = (which.irq_index(), which.failed(&self.name));
+        if !has_irq(self.client.irq_count(index)).map_err(&failed)? {
+            return Ok(false);
+        }
+        self.client.set_irq(index, 0, event).map_err(failed)?;
+        Ok(true)
     }
 
     fn reset(&self) -> Result<(), PciError> {

@@ -22,12 +22,14 @@ mod regs;
 mod rx;
 mod tx;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::event::{EventfdFlags, eventfd};
 use vfio_glue::map::Device;
 use vfio_glue::memory::DescriptorRing;
 use vfio_glue::pci::config_space::{BusMaster, identity, set_bus_master};
+use vfio_glue::pci::{HostEvent, PciError};
 
 use self::card::{Card, FrameBound, Vector};
 use self::family::Family;
@@ -50,6 +52,10 @@ pub struct Igb {
     mac: Option<[u8; 6]>,
     pairs: Vec<Pair>,
     link_vector: Vector,
+    /// The host wants the card back.
+    release: Option<OwnedFd>,
+    /// The bus reported an error of the card.
+    error: Option<OwnedFd>,
     // Last: rings and registers go before the device leaves its map.
     device: Device,
 }
@@ -109,7 +115,15 @@ impl Igb {
         }
         let link_vector = Vector::new(2 * PAIRS).map_err(failed)?;
         function.set_vector(link_vector.index, Some(link_vector.event()))?;
+        let [release, error] = [HostEvent::Release, HostEvent::Error].map(|which| {
+            let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+            let event = event.map_err(|source| failed(source.into()))?;
+            let tells = function.set_host_event(which, Some(event.as_fd()))?;
+            Ok::<_, NicError>(tells.then_some(event))
+        });
         let mut igb = Self {
+            release: release?,
+            error: error?,
             card,
             mac: None,
             pairs,
@@ -168,6 +182,19 @@ impl Igb {
         card.unmask(&self.link_vector);
     }
 
+    /// Takes Bus Master and every interrupt from it.
+    fn disconnect(&self) -> Result<(), PciError> {
+        let function = self.device.function();
+        set_bus_master(function.as_ref(), BusMaster::Off)?;
+        for vector in 0..=self.link_vector.index {
+            function.set_vector(vector, None)?;
+        }
+        for which in [HostEvent::Release, HostEvent::Error] {
+            function.set_host_event(which, None)?;
+        }
+        Ok(())
+    }
+
     fn pair(&self, pair: u16) -> Result<&Pair, NicError> {
         self.pairs
             .get(usize::from(pair))
@@ -204,6 +231,14 @@ impl Nic for Igb {
         Some(self.link_vector.event())
     }
 
+    fn host_event(&self, which: HostEvent) -> Option<BorrowedFd<'_>> {
+        let event = match which {
+            HostEvent::Release => &self.release,
+            HostEvent::Error => &self.error,
+        };
+        event.as_ref().map(AsFd::as_fd)
+    }
+
     fn rx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
         let berth = self.pair(pair)?.rx.clone();
         let ring = berth.take().ok_or_else(|| self.not_free(pair))?;
@@ -217,17 +252,31 @@ impl Nic for Igb {
     }
 
     fn reset(&mut self) -> Result<(), NicError> {
-        set_bus_master(self.device.function().as_ref(), BusMaster::Off)?;
-        self.device.function().reset()?;
+        self.end_dma()?;
         self.bring_up()
+    }
+
+    fn end_dma(&mut self) -> Result<(), NicError> {
+        let function = self.device.function();
+        let ended = set_bus_master(function.as_ref(), BusMaster::Off).and_then(|()| function.reset());
+        match (ended, self.card.check_present()) {
+            (Ok(()), _) => Ok(()),
+            // A card that is gone cannot be reset, and does no DMA.
+            (Err(error), Err(gone)) => {
+                tracing::warn!(%error, "{gone}");
+                Ok(())
+            }
+            (Err(error), Ok(())) => Err(error.into()),
+        }
     }
 }
 
 impl Drop for Igb {
     fn drop(&mut self) {
         init::release(&self.card);
-        if let Err(error) = set_bus_master(self.device.function().as_ref(), BusMaster::Off) {
-            tracing::warn!(card = self.card.name(), %error, "Bus Master stays on");
+        if let Err(error) = self.disconnect() {
+            // Closing it does the same to one that is there.
+            tracing::warn!(card = self.card.name(), %error, "the card was not let go as it should");
         }
     }
 }

@@ -12,6 +12,8 @@
 //! step N                 complete N frames under `delay steps`
 //! drop N                 lose the next N frames from the wire
 //! lose-interrupts N      lose the next N messages
+//! request                the host wants the card back
+//! aer                    the host tells of an error on the bus
 //! stats                  counters, one `name value` a line
 //! violations             all violations so far, one a line
 //! quit                   end the process
@@ -25,6 +27,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::Listing;
+use super::host::{Event, Host};
 use super::shared::Shared;
 use crate::card::faults::Delay;
 use crate::card::{Direction, QUEUES, RingName};
@@ -32,6 +35,7 @@ use crate::card::{Direction, QUEUES, RingName};
 #[derive(Clone)]
 pub(super) struct Control {
     shared: Arc<Shared>,
+    host: Host,
     violations: Listing,
     lost_frames: Arc<AtomicU64>,
     quit: mpsc::Sender<()>,
@@ -48,6 +52,7 @@ enum Command {
     Step(u64),
     Drop(u64),
     LoseInterrupts(u64),
+    Tell(Event),
     Stats,
     Violations,
     Quit,
@@ -56,12 +61,14 @@ enum Command {
 impl Control {
     pub(super) fn new(
         shared: Arc<Shared>,
+        host: Host,
         violations: Listing,
         lost_frames: Arc<AtomicU64>,
         quit: mpsc::Sender<()>,
     ) -> Self {
         Self {
             shared,
+            host,
             violations,
             lost_frames,
             quit,
@@ -80,8 +87,8 @@ impl Control {
     fn converse(&self, stream: &UnixStream) {
         let mut writer = stream;
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
-            let answer = match parse(&line) {
-                Ok(command) => format!("{}ok\n", self.obey(command)),
+            let answer = match parse(&line).and_then(|command| self.obey(command)) {
+                Ok(lines) => format!("{lines}ok\n"),
                 Err(reason) => format!("error: {reason}\n"),
             };
             if writer.write_all(answer.as_bytes()).is_err() {
@@ -90,8 +97,8 @@ impl Control {
         }
     }
 
-    /// Carries a command out and returns the lines it answers with.
-    fn obey(&self, command: Command) -> String {
+    /// Carries a command out and returns the lines it answers with, or why it cannot.
+    fn obey(&self, command: Command) -> Result<String, String> {
         self.shared.with(|card| match command {
             Command::Link(plugged) => card.set_link(plugged),
             Command::Wedge(ring) => card.wedge(ring),
@@ -102,9 +109,13 @@ impl Control {
             Command::Step(frames) => card.step(frames),
             Command::Drop(frames) => card.drop_next(frames),
             Command::LoseInterrupts(messages) => card.lose_interrupts(messages),
-            Command::Stats | Command::Violations | Command::Quit => {}
+            Command::Tell(_) | Command::Stats | Command::Violations | Command::Quit => {}
         });
-        match command {
+        Ok(match command {
+            Command::Tell(event) => {
+                self.host.tell(event)?;
+                String::new()
+            }
             Command::Stats => {
                 let counters = self.shared.with(|card| card.counters());
                 format!(
@@ -124,7 +135,7 @@ impl Control {
                 String::new()
             }
             _ => String::new(),
-        }
+        })
     }
 }
 
@@ -147,6 +158,8 @@ fn parse(line: &str) -> Result<Command, String> {
         ["step", frames] => Ok(Command::Step(number(frames)?)),
         ["drop", frames] => Ok(Command::Drop(number(frames)?)),
         ["lose-interrupts", messages] => Ok(Command::LoseInterrupts(number(messages)?)),
+        ["request"] => Ok(Command::Tell(Event::Request)),
+        ["aer"] => Ok(Command::Tell(Event::Error)),
         ["stats"] => Ok(Command::Stats),
         ["violations"] => Ok(Command::Violations),
         ["quit"] => Ok(Command::Quit),

@@ -11,11 +11,13 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
     VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_BAR3_REGION_INDEX,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS,
-    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS,
+    VFIO_PCI_NUM_REGIONS, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    vfio_region_info,
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
 
+use super::host::{Event, Host};
 use super::memory::MappedMemory;
 use super::shared::Shared;
 use crate::card::{BAR0_LEN_BYTES, BAR3_LEN_BYTES, CONFIG_LEN_BYTES, Signal, VECTORS};
@@ -23,6 +25,7 @@ use crate::card::{BAR0_LEN_BYTES, BAR3_LEN_BYTES, CONFIG_LEN_BYTES, Signal, VECT
 pub(super) struct Device {
     shared: Arc<Shared>,
     memory: Arc<MappedMemory>,
+    host: Host,
     keep_on_close: bool,
 }
 
@@ -68,6 +71,11 @@ pub(super) fn irqs() -> Vec<IrqInfo> {
                     count: u32::from(VECTORS),
                 }
             }
+            VFIO_PCI_ERR_IRQ_INDEX | VFIO_PCI_REQ_IRQ_INDEX => IrqInfo {
+                index,
+                flags: VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE,
+                count: 1,
+            },
             _ => IrqInfo {
                 index,
                 flags: 0,
@@ -78,10 +86,16 @@ pub(super) fn irqs() -> Vec<IrqInfo> {
 }
 
 impl Device {
-    pub(super) fn new(shared: Arc<Shared>, memory: Arc<MappedMemory>, keep_on_close: bool) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        memory: Arc<MappedMemory>,
+        host: Host,
+        keep_on_close: bool,
+    ) -> Self {
         Self {
             shared,
             memory,
+            host,
             keep_on_close,
         }
     }
@@ -96,6 +110,7 @@ impl Device {
                 Ok(Err(error)) => eprintln!("card-model: connection ended: {error}"),
                 Err(_) => eprintln!("card-model: connection ended: its thread panicked"),
             }
+            self.host.forget();
             if !self.keep_on_close {
                 self.close();
             }
@@ -212,6 +227,20 @@ impl ServerBackend for Device {
         const SET: u32 = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         const CLEAR: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
         let vectors = start..start.checked_add(count).ok_or(io::ErrorKind::InvalidInput)?;
+        let event = match index {
+            VFIO_PCI_REQ_IRQ_INDEX => Some(Event::Request),
+            VFIO_PCI_ERR_IRQ_INDEX => Some(Event::Error),
+            _ => None,
+        };
+        if let Some(event) = event {
+            if (flags, start, count) != (SET, 0, 1) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let signal = fds.into_iter().next();
+            self.host
+                .listen(event, signal.map(|file| Box::new(file) as Box<dyn Signal>));
+            return Ok(());
+        }
         if index != VFIO_PCI_MSIX_IRQ_INDEX || vectors.end > u32::from(VECTORS) {
             return Err(io::ErrorKind::InvalidInput.into());
         }

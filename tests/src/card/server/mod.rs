@@ -4,6 +4,7 @@
 //! client ──vfio-user socket──▶ device.rs ──┐            ┌── clock thread (real time)
 //!        ──DMA_MAP, fds──────▶ memory.rs   ├─▶ the card ├── wire.rs (UNIX datagrams, one frame each)
 //!        ◀─eventfds──────────────────────┘            └── control.rs (text commands)
+//!        ◀─eventfds── host.rs (request, error) ◀───────────────┘
 //! ```
 //!
 //! One mutex around the card serialises them all. The crate's server blocks in one connection at a time; when
@@ -12,6 +13,7 @@
 
 mod control;
 mod device;
+mod host;
 mod memory;
 mod shared;
 mod wire;
@@ -27,6 +29,7 @@ use std::thread;
 use super::{Card82576, Options, Violation};
 use control::Control;
 use device::Device;
+use host::Host;
 pub use memory::MappedMemory;
 use shared::Shared;
 use wire::DatagramWire;
@@ -124,7 +127,8 @@ impl Server {
                 path: settings.socket.clone(),
                 source,
             })?;
-        let device = Device::new(Arc::clone(&shared), memory, settings.keep_on_close);
+        let host = Host::default();
+        let device = Device::new(Arc::clone(&shared), memory, host.clone(), settings.keep_on_close);
         thread::spawn(move || device.serve(&server));
 
         let mut paths = vec![settings.socket.clone(), settings.wire_local.clone()];
@@ -134,7 +138,7 @@ impl Server {
                 path: path.clone(),
                 source,
             })?;
-            let control = Control::new(Arc::clone(&shared), listing, lost_frames, quit);
+            let control = Control::new(Arc::clone(&shared), host, listing, lost_frames, quit);
             thread::spawn(move || control.serve(&listener));
             paths.push(path.clone());
         }
