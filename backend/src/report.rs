@@ -35,6 +35,8 @@ pub struct PortReport {
     pub link_mbps: u32,
     /// Whether a front-end is connected.
     pub connected: bool,
+    /// Times its device was reset while it served.
+    pub resets: u64,
     /// The guest's memory as the front-end announced it.
     pub memory: Vec<RegionReport>,
     /// Its lanes.
@@ -178,6 +180,7 @@ impl PortReport {
             link_mbps,
             connected: status.connected,
             lanes: lanes.collect(),
+            resets: port.resets(),
             memory: regions_of(&port.memory()),
             device: status.device,
         }
