@@ -257,16 +257,20 @@ impl Nic for Igb {
     }
 
     fn end_dma(&mut self) -> Result<(), NicError> {
-        let function = self.device.function();
-        let ended = set_bus_master(function.as_ref(), BusMaster::Off).and_then(|()| function.reset());
-        match (ended, self.card.check_present()) {
-            (Ok(()), _) => Ok(()),
-            // A card that is gone cannot be reset, and does no DMA.
-            (Err(error), Err(gone)) => {
+        let function = self.device.function().as_ref();
+        let quiet = || set_bus_master(function, BusMaster::Off);
+        // Once more, for memory decoding: whoever drops us writes registers.
+        let ended = quiet().and_then(|()| function.reset()).and_then(|()| quiet());
+        let Err(error) = ended else {
+            return Ok(());
+        };
+        // A card that is gone cannot be reset, and does no DMA.
+        match self.card.check_present() {
+            Ok(()) => Err(error.into()),
+            Err(gone) => {
                 tracing::warn!(%error, "{gone}");
                 Ok(())
             }
-            (Err(error), Ok(())) => Err(error.into()),
         }
     }
 }
