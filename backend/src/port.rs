@@ -592,3 +592,108 @@ impl Port {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use queues::nic::absent::Absent;
+    use vfio_glue::iommu::software::SoftwareIommu;
+
+    use super::*;
+
+    /// A device with `pairs` queue pairs whose reset says that it has begun, and ends when it is let.
+    struct Slow {
+        pairs: u16,
+        begun: Sender<()>,
+        may_end: Receiver<()>,
+    }
+
+    impl Nic for Slow {
+        fn name(&self) -> String {
+            "slow".to_owned()
+        }
+
+        fn queue_pairs(&self) -> u16 {
+            self.pairs
+        }
+
+        fn link(&mut self) -> Link {
+            Link::Up { mbps: 10 }
+        }
+
+        fn link_event(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn host_event(&self, _which: HostEvent) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn rx_lane(&mut self, pair: u16, _setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
+            let device = self.name();
+            Err(NicError::NotFree { device, pair })
+        }
+
+        fn tx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
+            self.rx_lane(pair, setup)
+        }
+
+        fn reset(&mut self) -> Result<(), NicError> {
+            self.begun.send(()).unwrap();
+            self.may_end.recv().unwrap();
+            Ok(())
+        }
+
+        fn end_dma(&mut self) -> Result<(), NicError> {
+            Ok(())
+        }
+    }
+
+    fn slow(pairs: u16) -> (Box<Slow>, Receiver<()>, Sender<()>) {
+        let ((begun, has_begun), (let_end, may_end)) = (channel(), channel());
+        let nic = Slow {
+            pairs,
+            begun,
+            may_end,
+        };
+        (Box::new(nic), has_begun, let_end)
+    }
+
+    fn port(nic: Box<dyn Nic>) -> Port {
+        let map = MemoryMap::new("main", Box::new(SoftwareIommu));
+        let worker = Worker::start("worker", None).unwrap();
+        Port::new("vm0", map, nic, worker, Patience::Forever, 1500)
+    }
+
+    #[test]
+    fn the_status_answers_while_the_device_is_reset() {
+        let (nic, has_begun, let_end) = slow(1);
+        let port = port(nic);
+        std::thread::scope(|scope| {
+            let reset = scope.spawn(|| port.renew());
+            has_begun.recv().unwrap();
+            let status = port.status();
+            assert_eq!(
+                (status.device.as_str(), status.link, status.connected),
+                ("slow", Link::Up { mbps: 10 }, false)
+            );
+            assert_eq!(port.resets(), 0);
+            let_end.send(()).unwrap();
+            reset.join().unwrap().unwrap();
+        });
+        assert_eq!(port.resets(), 1);
+    }
+
+    #[test]
+    fn a_device_of_another_shape_is_refused_and_the_port_keeps_its_own() {
+        let port = port(Box::new(Absent::default()));
+        let error = port.set_device(slow(4).0).unwrap_err();
+        assert_eq!(error.to_string(), "slow has 4 queue pairs, port vm0 has 1");
+        assert_eq!(port.status().device, "none");
+        port.set_device(slow(1).0).unwrap();
+        assert_eq!(port.status().device, "slow");
+        assert!(port.status().link.is_up());
+    }
+}

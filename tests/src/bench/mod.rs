@@ -7,7 +7,9 @@
 //! The map stands on the fake IOMMU, which is stricter than the kernel; the card reaches memory by IOVA only, and
 //! reports every liberty the driver takes.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -70,34 +72,8 @@ impl Bench {
     pub fn new(options: Options) -> Self {
         let kernel = FakeKernel::default();
         let map = MemoryMap::new("main", kernel.iommu());
-        let sent = Sent::default();
-        let wire = Arc::clone(&sent);
-        let bus = MapBus {
-            map: Arc::clone(&map),
-            bus: map.software_bus(),
-        };
-        let wire = move |frame: &[u8]| wire.lock().expect("no panic").push(frame.to_vec());
-        let card = Card82576::with_options(MAC, Box::new(bus), Box::new(wire), options);
-        let card = Arc::new(Mutex::new(card));
-        let address = PciAddress {
-            domain: 0,
-            bus: 1,
-            device: 0,
-            function: 0,
-        };
-        let address = DeviceAddress::Pci(address);
-        kernel.plug(
-            &address,
-            Arc::new(CardFunction {
-                card: Arc::clone(&card),
-            }),
-        );
-        let device = map.attach(&address).expect("the card attaches");
-        let clock = Arc::new(CardClock {
-            card: Arc::clone(&card),
-            now: Mutex::default(),
-        });
-        let nic = Igb::open(device, 1500, clock).expect("the card comes up");
+        let slot = Slot::plug(&kernel, &map, 1, options);
+        let nic = slot.open();
 
         let memory = GuestMemory::new(&[Plan::new(GUEST_BASE, GUEST_LEN)]).expect("guest memory");
         let regions = memory.regions().into_iter().map(|region| {
@@ -115,12 +91,17 @@ impl Bench {
         Self {
             kernel,
             map,
-            card,
-            sent,
+            card: slot.card,
+            sent: slot.sent,
             memory,
             table,
             nic,
         }
+    }
+
+    /// Plugs another card into PCI bus `bus`, for the same map.
+    pub fn plug(&self, bus: u8, options: Options) -> Slot {
+        Slot::plug(&self.kernel, &self.map, bus, options)
     }
 
     /// The card, for the moment.
@@ -180,7 +161,18 @@ impl Bench {
     ///
     /// If the ring is not in guest memory.
     pub fn setup(&mut self, ring: &SplitQueue, stats: &Arc<LaneStats>) -> LaneSetup {
-        let place = ring.place();
+        LaneSetup {
+            link_up: self.nic.link().is_up(),
+            ..self.setup_at(ring.place(), ring.used_idx(), stats)
+        }
+    }
+
+    /// The same for a ring at `place` of which `used` entries were used, without a link.
+    ///
+    /// # Panics
+    ///
+    /// If the ring is not in guest memory.
+    pub fn setup_at(&self, place: RingPlace, used: u16, stats: &Arc<LaneStats>) -> LaneSetup {
         let area = |at: u64, len: usize| -> HostRange {
             self.table
                 .host_range(GuestAddress(at), len)
@@ -192,7 +184,6 @@ impl Bench {
             area(place.avail, VirtqMemory::avail_bytes(place.size)),
             area(place.used, VirtqMemory::used_bytes(place.size)),
         );
-        let used = ring.used_idx();
         let (virtq, _) = Virtq::start(memory.expect("a queue"), used, WakeUps::ByFlag);
         LaneSetup {
             name: "vm0".to_owned(),
@@ -205,7 +196,7 @@ impl Bench {
             err: None,
             stats: Arc::clone(stats),
             map: Arc::clone(&self.map),
-            link_up: self.nic.link().is_up(),
+            link_up: false,
             missing_memory: MissingMemory::IsBroken,
         }
     }
@@ -218,6 +209,79 @@ impl Bench {
             .iter()
             .all(|extent| !extent.file.contains("vuv-bounce"))
     }
+}
+
+/// A card in a slot of the machine, for the driver to open, let go and open again.
+pub struct Slot {
+    /// Where it is.
+    pub address: DeviceAddress,
+    /// The card.
+    pub card: Arc<Mutex<Card82576>>,
+    /// What it sent.
+    pub sent: Sent,
+    /// What the host has to say.
+    pub host: Arc<Host>,
+    map: Arc<MemoryMap>,
+}
+
+impl Slot {
+    fn plug(kernel: &FakeKernel, map: &Arc<MemoryMap>, bus: u8, options: Options) -> Self {
+        let place = PciAddress {
+            domain: 0,
+            bus,
+            device: 0,
+            function: 0,
+        };
+        let address = DeviceAddress::Pci(place);
+        let sent = Sent::default();
+        let wire = Arc::clone(&sent);
+        let bus = MapBus {
+            map: Arc::clone(map),
+            bus: map.software_bus(),
+        };
+        let wire = move |frame: &[u8]| wire.lock().expect("no panic").push(frame.to_vec());
+        let card = Card82576::with_options(MAC, Box::new(bus), Box::new(wire), options);
+        let card = Arc::new(Mutex::new(card));
+        let host = Arc::<Host>::default();
+        let function = CardFunction {
+            name: address.to_string(),
+            card: Arc::clone(&card),
+            host: Arc::clone(&host),
+        };
+        kernel.plug(&address, Arc::new(function));
+        Self {
+            address,
+            card,
+            sent,
+            host,
+            map: Arc::clone(map),
+        }
+    }
+
+    /// Attaches the card and brings the driver up on it, the link still negotiating.
+    ///
+    /// # Panics
+    ///
+    /// If the driver does not come up.
+    pub fn open(&self) -> Igb {
+        let device = self.map.attach(&self.address).expect("the card attaches");
+        let clock = Arc::new(CardClock {
+            card: Arc::clone(&self.card),
+            now: Mutex::default(),
+        });
+        Igb::open(device, 1500, clock).expect("the card comes up")
+    }
+}
+
+/// What a host has to say of one of its cards, and its power over it.
+#[derive(Default)]
+pub struct Host {
+    /// Whom it tells that it wants the card back.
+    pub release: Mutex<Option<Box<dyn Signal>>>,
+    /// It can reset the card no more.
+    pub cannot_reset: AtomicBool,
+    /// Vectors that lead somewhere.
+    pub vectors: Mutex<BTreeSet<u16>>,
 }
 
 /// The map's IOVA space as the card's bus.
@@ -268,7 +332,9 @@ impl Bus for MapBus {
 
 /// The card as a PCI function.
 struct CardFunction {
+    name: String,
     card: Arc<Mutex<Card82576>>,
+    host: Arc<Host>,
 }
 
 impl CardFunction {
@@ -278,8 +344,8 @@ impl CardFunction {
 }
 
 impl PciFunction for CardFunction {
-    fn name(&self) -> &'static str {
-        "0000:01:00.0"
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn read_config(&self, offset: u16, bytes: &mut [u8]) -> Result<(), PciError> {
@@ -302,21 +368,41 @@ impl PciFunction for CardFunction {
     }
 
     fn set_vector(&self, vector: u16, event: Option<BorrowedFd<'_>>) -> Result<(), PciError> {
-        let event = event.map(|fd| Event(fd.try_clone_to_owned().expect("a descriptor")));
+        {
+            let mut vectors = self.host.vectors.lock().expect("no panic");
+            match event {
+                Some(_) => vectors.insert(vector),
+                None => vectors.remove(&vector),
+            };
+        }
         let vector = u8::try_from(vector).expect("a vector of the card");
-        self.card()
-            .set_irq(vector, event.map(|event| Box::new(event) as Box<dyn Signal>));
+        self.card().set_irq(vector, event.map(signal));
         Ok(())
     }
 
-    fn set_host_event(&self, _which: HostEvent, _event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
-        Ok(false)
+    fn set_host_event(&self, which: HostEvent, event: Option<BorrowedFd<'_>>) -> Result<bool, PciError> {
+        // As of a function on a conventional bus, it never hears of errors.
+        if which == HostEvent::Error {
+            return Ok(false);
+        }
+        *self.host.release.lock().expect("no panic") = event.map(signal);
+        Ok(true)
     }
 
     fn reset(&self) -> Result<(), PciError> {
+        if self.host.cannot_reset.load(Ordering::Relaxed) {
+            return Err(PciError::Reset {
+                device: self.name.clone(),
+                source: std::io::ErrorKind::Unsupported.into(),
+            });
+        }
         self.card().reset();
         Ok(())
     }
+}
+
+fn signal(event: BorrowedFd<'_>) -> Box<dyn Signal> {
+    Box::new(Event(event.try_clone_to_owned().expect("a descriptor")))
 }
 
 /// An eventfd the driver waits on.

@@ -257,13 +257,16 @@ impl Nic for Igb {
     }
 
     fn end_dma(&mut self) -> Result<(), NicError> {
-        let function = self.device.function();
-        let ended = set_bus_master(function.as_ref(), BusMaster::Off).and_then(|()| function.reset());
-        // Looked at only then: a reset leaves memory decoding off.
-        let Err(error) = ended else { return Ok(()) };
+        let function = self.device.function().as_ref();
+        let quiet = || set_bus_master(function, BusMaster::Off);
+        // Once more, for memory decoding: whoever drops us writes registers.
+        let ended = quiet().and_then(|()| function.reset()).and_then(|()| quiet());
+        let Err(error) = ended else {
+            return Ok(());
+        };
+        // A card that is gone cannot be reset, and does no DMA.
         match self.card.check_present() {
             Ok(()) => Err(error.into()),
-            // A card that is gone cannot be reset, and does no DMA.
             Err(gone) => {
                 tracing::warn!(%error, "{gone}");
                 Ok(())
