@@ -18,11 +18,21 @@ use crate::map::{Extent, ExtentPart, Leaving, MapError};
 
 /// Where a lookup found its answer last time, and how often each place was turned to. Each user of a table keeps one;
 /// guests go back to the same region nearly always.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct TableHint {
     at: usize,
     /// By segment: how often a lookup came here from another one.
     turns: Vec<u64>,
+}
+
+impl Default for TableHint {
+    fn default() -> Self {
+        Self {
+            // No segment's: the first lookup counts as a turn.
+            at: usize::MAX,
+            turns: Vec::new(),
+        }
+    }
 }
 
 /// Bytes that are contiguous for the guest, for the card and for us.
