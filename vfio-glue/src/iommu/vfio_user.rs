@@ -77,7 +77,11 @@ impl Iommu for VfioUserIommu {
                 }
             }
         }
-        self.mapped.insert(request.iova.raw(), request.clone());
+        let lasting = MapRequest {
+            same_as: None,
+            ..request.clone()
+        };
+        self.mapped.insert(request.iova.raw(), lasting);
         Ok(MappedBy::File)
     }
 
@@ -319,6 +323,7 @@ mod tests {
             host: HostRange::of_file(&file, 4096, 4096).unwrap(),
             file: Arc::new(file),
             offset: 4096,
+            same_as: None,
         }
     }
 

@@ -5,15 +5,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
 use super::extent::{Extent, ExtentKey, cells_in, cut};
 use super::files::Files;
-use super::iova::IovaAllocator;
+use super::iova::{IovaAllocator, cautious_ranges};
 use crate::address::Iova;
+use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind, MapRequest, MappedBy};
 use crate::memory::{FileError, HostRange, guard};
@@ -149,6 +150,7 @@ impl Books {
             file: Arc::clone(file),
             offset: cell.start,
             host: host.clone(),
+            same_as: None,
         };
         let by = self
             .iommu
@@ -237,27 +239,24 @@ impl Books {
 
     /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.
     pub(super) fn narrow(&mut self, device: &DeviceAddress) -> Result<(), MapError> {
-        let Some(usable) = self.iommu.usable_ranges()? else {
+        let Some(ranges) = self.iommu.usable_ranges()? else {
             return Ok(());
         };
-        if let Some((start, end)) = self.iovas.stranded_by(&usable) {
-            let device = device.clone();
-            return Err(MapError::Strands {
-                device,
-                start,
-                end: end - 1,
-                usable: show_ranges(&usable),
-            });
-        }
-        self.iovas.set_usable(usable);
+        let reach = Reach { ranges, page: PAGE };
+        reach.admit(device, self.iovas.taken())?;
+        self.iovas.set_usable(reach.ranges);
         Ok(())
     }
-}
 
-fn show_ranges(ranges: &[RangeInclusive<u64>]) -> String {
-    let shown: Vec<String> = ranges
-        .iter()
-        .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
-        .collect();
-    shown.join(", ")
+    /// Adopts the ranges the kernel allows with a device fewer: wider ones, and with none left the cautious ones.
+    /// What is mapped outside of them stays.
+    pub(super) fn widen(&mut self) {
+        match self.iommu.usable_ranges() {
+            Ok(usable) => self.iovas.set_usable(usable.unwrap_or_else(cautious_ranges)),
+            // The ranges of before are among those of now.
+            Err(error) => {
+                tracing::warn!(%error, "the usable IOVA ranges stay as narrow as before the detach")
+            }
+        }
+    }
 }

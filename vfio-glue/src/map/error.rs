@@ -91,5 +91,24 @@ pub enum MapError {
     },
     /// The IOMMU or VFIO refused.
     #[error("the IOMMU refused")]
-    Iommu(#[from] IommuError),
+    Iommu(#[source] IommuError),
+}
+
+impl From<IommuError> for MapError {
+    fn from(error: IommuError) -> Self {
+        match error {
+            IommuError::Stranded {
+                device,
+                start,
+                end,
+                usable,
+            } => Self::Strands {
+                device,
+                start,
+                end,
+                usable,
+            },
+            other => Self::Iommu(other),
+        }
+    }
 }

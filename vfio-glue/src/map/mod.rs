@@ -205,7 +205,9 @@ impl MemoryMap {
     fn detach(&self, device: &DeviceAddress) -> Result<(), MapError> {
         let mut books = self.books();
         books.devices.retain(|other| other != device);
-        Ok(books.iommu.detach(device)?)
+        let detached = books.iommu.detach(device);
+        books.widen();
+        Ok(detached?)
     }
 
     /// What is in the map now, in order of IOVA.
@@ -240,6 +242,7 @@ mod tests {
     use crate::address::{FrontendAddress, GuestAddress};
     use crate::iommu::fake::FakeKernel;
     use crate::memory::{DmaBuffer, FileError, Table, TableHint, guard};
+    use crate::pci::testing::Nothing;
 
     const MIB: u64 = 1 << 20;
 
@@ -581,6 +584,94 @@ mod tests {
         assert!(map.snapshot().extents[0].file.contains("vuv-rings"));
         drop(buffer);
         assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    fn card(index: u8) -> DeviceAddress {
+        DeviceAddress::Pci(format!("0000:01:00.{index}").parse().unwrap())
+    }
+
+    #[test]
+    fn r2_an_attach_that_would_strand_a_mapping_names_both_ranges_and_changes_nothing() {
+        let (kernel, map) = fake();
+        for index in 0..2 {
+            kernel.plug(&card(index), Arc::new(Nothing));
+        }
+        kernel.set_reach(&card(0), vec![0x10_0000..=0x1f_ffff]);
+        let file = memfd(4 * MIB);
+        let region = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+        let _first = map.attach(&card(1)).unwrap();
+        let (before, usable) = (kernel.mapped(), map.snapshot().usable);
+        let start = before[0].0;
+        assert_eq!(
+            map.attach(&card(0)).unwrap_err().to_string(),
+            format!(
+                "device 0000:01:00.0 cannot reach what is mapped at {start:#x}-{:#x}; it reaches 0x100000-0x1fffff",
+                start + 4 * MIB - 1
+            )
+        );
+        assert_eq!((kernel.mapped(), map.snapshot().usable), (before, usable));
+        assert_eq!(kernel.attached(), vec![card(1)]);
+        map.remove_region("vm0", &region).unwrap();
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn r2_usable_ranges_narrow_with_a_device_and_widen_when_it_goes() {
+        let (kernel, map) = fake();
+        for (index, last) in [(0, (1 << 40) - 1), (1, (1 << 30) - 1)] {
+            kernel.plug(&card(index), Arc::new(Nothing));
+            kernel.set_reach(&card(index), vec![1 << 20..=last]);
+        }
+        let cautious = map.snapshot().usable;
+        let wide = map.attach(&card(0)).unwrap();
+        let narrow = map.attach(&card(1)).unwrap();
+        assert_eq!(map.snapshot().usable, vec![1 << 20..=(1 << 30) - 1]);
+        narrow.detach().unwrap();
+        assert_eq!(map.snapshot().usable, vec![1 << 20..=(1 << 40) - 1]);
+        wide.detach().unwrap();
+        assert_eq!(map.snapshot().usable, cautious);
+    }
+
+    #[test]
+    fn what_is_mapped_outside_of_the_cautious_ranges_stays_when_the_last_device_goes() {
+        let (kernel, map) = fake();
+        kernel.plug(&card(0), Arc::new(Nothing));
+        kernel.set_reach(&card(0), vec![1 << 40..=(1 << 41) - 1]);
+        let device = map.attach(&card(0)).unwrap();
+        let high = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        device.detach().unwrap();
+        assert_eq!(kernel.mapped(), vec![(1 << 40, MIB)]);
+        let device = map.attach(&card(0)).unwrap();
+        device.detach().unwrap();
+        let low = map.add_region("vm1", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        assert_eq!(kernel.mapped(), vec![(MIB, MIB), (1 << 40, MIB)]);
+        assert!(matches!(
+            map.attach(&card(0)),
+            Err(MapError::Strands { start: MIB, .. })
+        ));
+        map.remove_region("vm1", &low).unwrap();
+        map.remove_region("vm0", &high).unwrap();
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn r2_a_second_map_is_refused_a_sibling_and_told_which() {
+        let (kernel, map) = fake();
+        let other = MemoryMap::new("other", kernel.beside().iommu());
+        for index in 0..2 {
+            let DeviceAddress::Pci(address) = card(index) else {
+                unreachable!()
+            };
+            kernel.plug_in_group(address, Arc::new(Nothing), 7);
+        }
+        let _device = map.attach(&card(0)).unwrap();
+        let refused = other.attach(&card(1)).unwrap_err();
+        let text = std::error::Error::source(&refused).unwrap().to_string();
+        assert!(
+            text.contains("devices of one group share one map, so 0000:01:00.0 must be"),
+            "{text}"
+        );
+        map.attach(&card(1)).unwrap();
     }
 
     #[test]
