@@ -16,7 +16,7 @@ use super::iova::{IovaAllocator, cautious_ranges};
 use crate::address::Iova;
 use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
-use crate::iommu::{DeviceAddress, Iommu, IommuKind, MapRequest, MappedBy};
+use crate::iommu::{DeviceAddress, Iommu, MapRequest, MappedBy};
 use crate::memory::{FileError, HostRange, guard};
 
 pub(super) struct Books {
@@ -226,15 +226,13 @@ impl Books {
         if let Some(left) = self.iommu.mappings_left().filter(|left| *left < mappings) {
             return Err(MapError::TooManyMappings { left, need: mappings });
         }
-        let pins = matches!(self.iommu.kind(), IommuKind::Iommufd | IommuKind::Type1);
-        let Some(limit) = budget::pin_limit().filter(|_| pins) else {
-            return Ok(());
-        };
-        let pinned = self.records.values().map(|record| record.extent.len()).sum();
-        if need.saturating_add(pinned) > limit {
-            return Err(MapError::OverBudget { need, pinned, limit });
-        }
-        Ok(())
+        budget::check(self.iommu.as_ref(), need)
+    }
+
+    /// Whether a device that comes now can have all that is mapped pinned for it.
+    pub(super) fn check_attach(&self) -> Result<(), MapError> {
+        let mapped = self.records.values().map(|record| record.extent.len()).sum();
+        budget::check_attach(self.iommu.as_ref(), mapped)
     }
 
     /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.

@@ -190,6 +190,7 @@ impl MemoryMap {
                 map: self.name.clone(),
             });
         }
+        books.check_attach()?;
         let function = books.iommu.attach(device)?;
         if let Err(error) = books.narrow(device) {
             drop(function);
@@ -240,6 +241,7 @@ impl MemoryMap {
 mod tests {
     use super::*;
     use crate::address::{FrontendAddress, GuestAddress};
+    use crate::iommu::Accounting;
     use crate::iommu::fake::FakeKernel;
     use crate::memory::{DmaBuffer, FileError, Table, TableHint, guard};
     use crate::pci::testing::Nothing;
@@ -651,6 +653,54 @@ mod tests {
         ));
         map.remove_region("vm1", &low).unwrap();
         map.remove_region("vm0", &high).unwrap();
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn a_region_over_the_limit_on_locked_memory_is_refused_before_anything_is_mapped() {
+        for accounting in [Accounting::PerProcess, Accounting::PerUser] {
+            let (kernel, map) = fake();
+            kernel.plug(&card(0), Arc::new(Nothing));
+            kernel.set_locked_memory(accounting, 8 * MIB, MIB);
+            let other = MemoryMap::new("other", kernel.beside().iommu());
+            let (file, third) = (memfd(4 * MIB), memfd(4 * MIB));
+            let _first = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+            let _device = map.attach(&card(0)).unwrap();
+            let _second = other
+                .add_region("vm1", region(&memfd(2 * MIB), 0, 2 * MIB, 0))
+                .unwrap();
+            let before = kernel.mapped();
+            let refused = map.add_region("vm2", region(&third, 0, 2 * MIB, 0)).unwrap_err();
+            assert!(
+                matches!(refused, MapError::OverBudget { need, pinned, owed, elsewhere, limit, sum }
+                    if [need, pinned, owed, elsewhere, limit, sum]
+                        == [2 * MIB, 4 * MIB, 2 * MIB, MIB, 8 * MIB, 9 * MIB]),
+                "{refused}"
+            );
+            assert_eq!(kernel.mapped(), before);
+            // Bytes that are pinned already need nothing, and what fits still goes.
+            let _again = map.add_region("vm2", region(&file, 0, 4 * MIB, 0)).unwrap();
+            let _fits = map.add_region("vm2", region(&third, 0, MIB, 0)).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_attach_that_cannot_pin_what_is_mapped_says_how_many_bytes_are_missing() {
+        let (kernel, map) = fake();
+        kernel.plug(&card(0), Arc::new(Nothing));
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, 0);
+        let _region = map
+            .add_region("vm0", region(&memfd(4 * MIB), 0, 4 * MIB, 0))
+            .unwrap();
+        // Somebody else comes in between.
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, MIB);
+        let text = map.attach(&card(0)).unwrap_err().to_string();
+        assert!(
+            text.contains("limit on locked memory is 4194304: 1048576 bytes are missing"),
+            "{text}"
+        );
+        assert_eq!(kernel.attached(), vec![]);
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, 0);
         map.attach(&card(0)).unwrap();
     }
 
