@@ -5,18 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
 use super::extent::{Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
-use super::iova::IovaAllocator;
+use super::iova::{IovaAllocator, cautious_ranges};
 use super::plan::{self, Add, Mapped, Pins, Plan, Wanted, WhyAdded, WhyKept};
 use crate::address::Iova;
+use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
-use crate::iommu::{DeviceAddress, Iommu, IommuKind, MapRequest, MappedBy};
+use crate::iommu::{DeviceAddress, Iommu, MapRequest, MappedBy};
 use crate::memory::{FileError, HostRange, RegionSpec, guard};
 
 pub(super) struct Books {
@@ -341,40 +341,35 @@ impl Books {
         if let Some(left) = self.iommu.mappings_left().filter(|left| *left < mappings) {
             return Err(MapError::TooManyMappings { left, need: mappings });
         }
-        let pins = matches!(self.iommu.kind(), IommuKind::Iommufd | IommuKind::Type1);
-        let Some(limit) = budget::pin_limit().filter(|_| pins) else {
-            return Ok(());
-        };
-        let pinned = self.records.values().map(|record| record.extent.len()).sum();
-        if need.saturating_add(pinned) > limit {
-            return Err(MapError::OverBudget { need, pinned, limit });
-        }
-        Ok(())
+        budget::check(self.iommu.as_ref(), need)
+    }
+
+    /// Whether a device that comes now can have all that is mapped pinned for it.
+    pub(super) fn check_attach(&self) -> Result<(), MapError> {
+        let mapped = self.records.values().map(|record| record.extent.len()).sum();
+        budget::check_attach(self.iommu.as_ref(), mapped)
     }
 
     /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.
     pub(super) fn narrow(&mut self, device: &DeviceAddress) -> Result<(), MapError> {
-        let Some(usable) = self.iommu.usable_ranges()? else {
+        let Some(ranges) = self.iommu.usable_ranges()? else {
             return Ok(());
         };
-        if let Some((start, end)) = self.iovas.stranded_by(&usable) {
-            let device = device.clone();
-            return Err(MapError::Strands {
-                device,
-                start,
-                end: end - 1,
-                usable: show_ranges(&usable),
-            });
-        }
-        self.iovas.set_usable(usable);
+        let reach = Reach { ranges, page: PAGE };
+        reach.admit(device, self.iovas.taken())?;
+        self.iovas.set_usable(reach.ranges);
         Ok(())
     }
-}
 
-fn show_ranges(ranges: &[RangeInclusive<u64>]) -> String {
-    let shown: Vec<String> = ranges
-        .iter()
-        .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
-        .collect();
-    shown.join(", ")
+    /// Adopts the ranges the kernel allows with a device fewer: wider ones, and with none left the cautious ones.
+    /// What is mapped outside of them stays.
+    pub(super) fn widen(&mut self) {
+        match self.iommu.usable_ranges() {
+            Ok(usable) => self.iovas.set_usable(usable.unwrap_or_else(cautious_ranges)),
+            // The ranges of before are among those of now.
+            Err(error) => {
+                tracing::warn!(%error, "the usable IOVA ranges stay as narrow as before the detach")
+            }
+        }
+    }
 }
