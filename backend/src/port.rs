@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
 use queues::nic::{Link, Nic, NicError};
-use vfio_glue::map::MemoryMap;
-use vfio_glue::memory::{Region, Table};
+use vfio_glue::map::{Extent, MemoryMap};
+use vfio_glue::memory::Table;
 use vfio_glue::pci::HostEvent;
 
 use crate::worker::{LaneId, Patience, Worker, WorkerGone};
@@ -116,8 +116,10 @@ struct State {
     occupant: Weak<dyn Occupant>,
     /// Queues that did not stop: the card may still use memory until it is reset, so all of it stays mapped.
     stuck: Vec<Stuck>,
-    /// Guest memory of sessions that had to end while the device was stuck.
-    abandoned: Vec<Arc<Region>>,
+    /// Guest memory that was to go while the device was stuck.
+    abandoned: Vec<Arc<Extent>>,
+    /// The guest's memory as its session has it.
+    memory: Arc<Table>,
 }
 
 /// Where a lane runs.
@@ -210,6 +212,7 @@ impl Port {
                 occupant: Weak::<Vacant>::new(),
                 stuck: Vec::new(),
                 abandoned: Vec::new(),
+                memory: Arc::default(),
             }),
         }
     }
@@ -266,8 +269,18 @@ impl Port {
     }
 
     /// Keeps memory mapped that a stuck device may still use. It goes with the next reset that helps.
-    pub fn abandon(&self, regions: Vec<Arc<Region>>) {
-        self.state().abandoned.extend(regions);
+    pub fn abandon(&self, extents: Vec<Arc<Extent>>) {
+        self.state().abandoned.extend(extents);
+    }
+
+    /// Takes note of the guest's memory, for `stats`.
+    pub fn set_memory(&self, table: &Arc<Table>) {
+        self.state().memory = Arc::clone(table);
+    }
+
+    /// The guest's memory as its session has it.
+    pub fn memory(&self) -> Arc<Table> {
+        Arc::clone(&self.state().memory)
     }
 
     /// Joins virtqueue `index` to the card and sets the lane going.
@@ -387,19 +400,6 @@ impl Port {
         self.apart.get().unwrap_or(&self.worker)
     }
 
-    /// Shows every running lane the guest's new table, which has all bytes of the old one.
-    ///
-    /// # Errors
-    ///
-    /// [`WorkerGone`].
-    pub fn publish_table(&self, table: &Arc<Table>) -> Result<(), WorkerGone> {
-        for index in 0..self.queues() {
-            let table = Arc::clone(table);
-            self.with_lane(index, move |lane| lane.set_table(table))?;
-        }
-        Ok(())
-    }
-
     /// Resets the device. All lanes of the port have been stopped. Memory that was kept for it goes.
     ///
     /// # Errors
@@ -503,11 +503,10 @@ impl Port {
     /// Lets memory go that was kept for the device's DMA, which is over.
     fn let_go(&self, state: &mut State) {
         state.stuck.clear();
-        for region in std::mem::take(&mut state.abandoned) {
-            if let Err(error) = self.map.remove_region(&self.name, &region) {
-                let error: &dyn std::error::Error = &error;
-                tracing::error!(port = self.name, error, "a region stays mapped");
-            }
+        let abandoned = std::mem::take(&mut state.abandoned);
+        if let Err(error) = self.map.let_go(&self.name, &abandoned) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(port = self.name, error, "a range stays mapped");
         }
     }
 

@@ -7,6 +7,7 @@ use queues::lane::{Bounce, Counter, Drop, LaneStats};
 use queues::nic::Link;
 use serde::Serialize;
 use vfio_glue::map::{ExtentSnapshot, MapSnapshot, MemoryMap};
+use vfio_glue::memory::{Footprint, Table, TableHint};
 
 use crate::port::{Direction, Port};
 
@@ -34,8 +35,25 @@ pub struct PortReport {
     pub link_mbps: u32,
     /// Whether a front-end is connected.
     pub connected: bool,
+    /// Times its device was reset while it served.
+    pub resets: u64,
+    /// The guest's memory as the front-end announced it.
+    pub memory: Vec<RegionReport>,
     /// Its lanes.
     pub lanes: Vec<LaneReport>,
+}
+
+/// A region of a guest's memory.
+#[derive(Debug, Serialize)]
+pub struct RegionReport {
+    /// Where the guest sees it, hexadecimal.
+    pub guest: String,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where it starts in its file, in bytes.
+    pub file_offset: u64,
+    /// Where devices find its first byte, hexadecimal.
+    pub iova: String,
 }
 
 /// A lane.
@@ -77,6 +95,23 @@ pub struct LaneReport {
     pub errors: u64,
     /// Times the front-end's descriptor made the worker wait.
     pub stalls: u64,
+    /// Times it was stopped and started because memory went that it used.
+    pub pauses: u64,
+    /// For how long in all, in microseconds.
+    pub paused_us: u64,
+    /// What it has to do with each stretch of the guest's memory.
+    pub extents: Vec<FootprintReport>,
+}
+
+/// A stretch of guest memory, as a lane uses it.
+#[derive(Debug, Serialize)]
+pub struct FootprintReport {
+    /// Where devices find it, hexadecimal.
+    pub iova: String,
+    /// Buffers in it that the card has now.
+    pub held: u64,
+    /// How often the lane came to it from another one, since memory last changed.
+    pub turns: u64,
 }
 
 /// A map.
@@ -129,8 +164,10 @@ impl PortReport {
     fn of(port: &Port) -> Self {
         let status = port.status();
         let lanes = status.running.iter().enumerate().filter_map(|(index, running)| {
+            // None where it does not run, or is being stopped just now.
+            let footprint = port.with_lane(index, |lane| lane.footprint()).ok().flatten();
             port.stats(index)
-                .map(|stats| LaneReport::of(index, *running, stats))
+                .map(|stats| LaneReport::of(index, *running, stats, footprint.unwrap_or_default()))
         });
         let (link, link_mbps) = match status.link {
             Link::Up { mbps } => ("up", mbps),
@@ -143,13 +180,15 @@ impl PortReport {
             link_mbps,
             connected: status.connected,
             lanes: lanes.collect(),
+            resets: port.resets(),
+            memory: regions_of(&port.memory()),
             device: status.device,
         }
     }
 }
 
 impl LaneReport {
-    fn of(index: usize, running: bool, stats: &LaneStats) -> Self {
+    fn of(index: usize, running: bool, stats: &LaneStats, footprint: Vec<Footprint>) -> Self {
         let bounces = Bounce::ALL.iter().map(|why| why.as_str()).zip(&stats.bounced);
         let drops = Drop::ALL.iter().map(|why| why.as_str()).zip(&stats.dropped);
         let drop_reasons = counted(drops);
@@ -172,8 +211,33 @@ impl LaneReport {
             sleeps: stats.sleeps.get(),
             errors: stats.errors.get(),
             stalls: stats.stalls.get(),
+            pauses: stats.pauses.get(),
+            paused_us: stats.paused_us.get(),
+            extents: footprint
+                .into_iter()
+                .map(|Footprint { iova, held, turns }| FootprintReport {
+                    iova: iova.to_string(),
+                    held,
+                    turns,
+                })
+                .collect(),
         }
     }
+}
+
+fn regions_of(table: &Table) -> Vec<RegionReport> {
+    let mut hint = TableHint::default();
+    let regions = table.regions().iter();
+    regions
+        .map(|region| RegionReport {
+            guest: region.guest.to_string(),
+            len: region.len,
+            file_offset: region.file_offset,
+            iova: table
+                .lookup(&mut hint, region.guest, 1)
+                .map_or_else(String::new, |piece| piece.iova.to_string()),
+        })
+        .collect()
 }
 
 /// Only the reasons that occurred.

@@ -424,9 +424,10 @@ mod tests {
     use std::fs::File;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-    use queues::lane::{MissingMemory, Stopped};
+    use queues::lane::{Adoption, MissingMemory, Stopped};
     use queues::nic::NicError;
-    use vfio_glue::memory::Table;
+    use vfio_glue::map::Leaving;
+    use vfio_glue::memory::{Footprint, Table};
 
     use super::*;
 
@@ -482,7 +483,13 @@ mod tests {
 
         fn set_err(&mut self, _err: Option<File>) {}
 
-        fn set_table(&mut self, _table: Arc<Table>) {}
+        fn adopt(&mut self, _table: Arc<Table>, _leaving: &Leaving) -> Adoption {
+            Adoption::Adopted
+        }
+
+        fn footprint(&self) -> Vec<Footprint> {
+            Vec::new()
+        }
 
         fn set_missing_memory(&mut self, _meaning: MissingMemory) {}
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
 use vfio_glue::iommu::software::SoftwareIommu;
-use vfio_glue::map::MemoryMap;
+use vfio_glue::map::{Change, MemoryMap};
 use vfio_glue::memory::{RegionSpec, Table, TableHint, VirtqMemory};
 
 use crate::lane::{LaneSetup, LaneStats, MissingMemory};
@@ -41,22 +41,20 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn with_queue(size: u16) -> Self {
         let map = MemoryMap::new("main", Box::new(SoftwareIommu));
-        let region = |guest: u64| {
+        let region = |guest: u64| -> RegionSpec {
             let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
             file.set_len(LEN).unwrap();
             let (guest, frontend) = (GuestAddress(guest), FrontendAddress(guest));
-            let spec = RegionSpec {
+            RegionSpec {
                 guest,
                 frontend,
                 len: LEN,
                 file: Arc::new(file),
                 file_offset: 0,
-            };
-            Arc::new(map.add_region("vm0", spec).unwrap())
+            }
         };
         // The one for the guest's upper addresses gets the lower IOVAs: contiguous for the guest, not for a card.
-        let second = region(SECOND);
-        let table = Arc::new(Table::new(vec![region(BASE), second]).unwrap());
+        let table = map.add("vm0", vec![region(SECOND), region(BASE)]).unwrap();
         Self {
             map,
             table,
@@ -176,6 +174,13 @@ impl Guest {
         }
     }
 
+    /// A change that takes the upper addresses from the guest, begun.
+    pub(crate) fn losing_the_second_region(&self) -> Change {
+        let mut wanted = self.table.regions().to_vec();
+        wanted.retain(|region| region.guest != GuestAddress(SECOND));
+        self.map.change("vm0", &self.table, wanted).unwrap()
+    }
+
     /// Takes all IOVA space, so that nothing more can be mapped.
     pub(crate) fn fill_the_map(&self) {
         for len in [1 << 40, 1 << 34, 1 << 30, 1 << 24, 1 << 20, 1 << 16, 4096] {
@@ -190,7 +195,7 @@ impl Guest {
                     file: Arc::new(file),
                     file_offset: 0,
                 };
-                if self.map.add_region("filler", spec).is_err() {
+                if self.map.add("filler", vec![spec]).is_err() {
                     break;
                 }
             }

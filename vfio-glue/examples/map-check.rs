@@ -25,7 +25,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
 use vfio_glue::iommu::{DeviceAddress, IommuChoice, MapBy, choose};
 use vfio_glue::map::{Device, MemoryMap};
-use vfio_glue::memory::{DescriptorRing, Region, RegionSpec, Table, TableHint};
+use vfio_glue::memory::{DescriptorRing, RegionSpec, Table, TableHint};
 use vfio_glue::pci::config_space::{BusMaster, identity, set_bus_master};
 use vfio_glue::pci::{PciAddress, PciFunction, Registers};
 
@@ -103,15 +103,17 @@ fn run() -> Result<()> {
     let chosen = choose(choice, map_by, &[address])?;
     println!("chosen: {}", chosen.reason);
     let map = MemoryMap::new("main", chosen.iommu);
-    let before = Arc::new(map.add_region("check", region(0)?)?);
+    let first = region(0)?;
+    let table = map.add("check", vec![first.clone()])?;
     show(&map, "filled with no device");
 
     let device = map.attach(&on)?;
-    let after = Arc::new(map.add_region("check", region(REGION_BYTES)?)?);
+    let second = region(REGION_BYTES)?;
+    let table = changed(&map, &table, vec![first, second.clone()])?;
     show(&map, "attached, filled further");
-    check_device(&device, &before, &after, 1)?;
-    let second = MemoryMap::new("second", choose(choice, map_by, &[])?.iommu);
-    match second.attach(&on) {
+    check_device(&device, &table, 1)?;
+    let other = MemoryMap::new("second", choose(choice, map_by, &[])?.iommu);
+    match other.attach(&on) {
         Ok(_) => return Err("two maps have the device at once".into()),
         Err(error) => println!("a second map is refused: {}", chain(&error)),
     }
@@ -119,17 +121,25 @@ fn run() -> Result<()> {
     device.detach()?;
     show(&map, "detached");
     let device = map.attach(&on)?;
-    check_device(&device, &before, &after, 2)?;
+    check_device(&device, &table, 2)?;
     show(&map, "attached again");
 
-    map.remove_region("check", &before)?;
+    let table = changed(&map, &table, vec![second])?;
     show(&map, "first region unmapped with the device attached");
     drop(device);
-    map.remove_region("check", &after)?;
+    map.let_go("check", table.extents())?;
     show(&map, "detached and emptied");
     ensure(map.snapshot().extents.is_empty(), "the map is not empty")?;
     println!("all well");
     Ok(())
+}
+
+/// Makes `wanted` the memory of the guest that has `now`. Nothing of it is in use.
+fn changed(map: &Arc<MemoryMap>, now: &Table, wanted: Vec<RegionSpec>) -> Result<Arc<Table>> {
+    let change = map.change("check", now, wanted)?;
+    let next = Arc::clone(change.table());
+    change.finish()?;
+    Ok(next)
 }
 
 /// Guest memory of [`REGION_BYTES`] at `guest`.
@@ -145,7 +155,7 @@ fn region(guest: u64) -> Result<RegionSpec> {
     })
 }
 
-fn check_device(device: &Device, from: &Arc<Region>, to: &Arc<Region>, round: u8) -> Result<()> {
+fn check_device(device: &Device, table: &Table, round: u8) -> Result<()> {
     let function = device.function();
     function.reset()?;
     set_bus_master(function.as_ref(), BusMaster::On)?;
@@ -166,7 +176,7 @@ fn check_device(device: &Device, from: &Arc<Region>, to: &Arc<Region>, round: u8
         started.elapsed()
     );
     check_interrupts(function.as_ref(), registers.as_ref())?;
-    check_dma(device.map(), registers.as_ref(), from, to, round)?;
+    check_dma(device.map(), registers.as_ref(), table, round)?;
     // Ends all DMA before the rings and the regions go.
     function.reset()?;
     Ok(())
@@ -202,15 +212,8 @@ fn check_interrupts(function: &dyn PciFunction, registers: &dyn Registers) -> Re
     Ok(())
 }
 
-/// Has the card read a frame in `from` and write it into `to`, through its loopback.
-fn check_dma(
-    map: &Arc<MemoryMap>,
-    registers: &dyn Registers,
-    from: &Arc<Region>,
-    to: &Arc<Region>,
-    round: u8,
-) -> Result<()> {
-    let table = Table::new(vec![Arc::clone(from), Arc::clone(to)])?;
+/// Has the card read a frame in the first region and write it into the second, through its loopback.
+fn check_dma(map: &Arc<MemoryMap>, registers: &dyn Registers, table: &Table, round: u8) -> Result<()> {
     let piece = |at: u64, len| {
         let found = table.lookup(&mut TableHint::default(), GuestAddress(at), len);
         found.ok_or("memory is in no region")

@@ -215,12 +215,11 @@ impl VhostUserBackendReqHandler for Session {
         _postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<vhost::VhostUserMemoryRegionBase>> {
         self.answer("ADD_MEM_REG", |state| {
-            if state.regions.len() >= MEM_SLOTS {
+            if state.table.regions().len() >= MEM_SLOTS {
                 return Err(SessionError::Slots { slots: MEM_SLOTS });
             }
             let (guest, frontend) = (announced.guest_phys_addr, announced.user_addr);
-            let mut wanted: Vec<RegionSpec> =
-                state.regions.iter().map(|region| region.spec().clone()).collect();
+            let mut wanted: Vec<RegionSpec> = state.table.regions().to_vec();
             wanted.push(region(
                 guest,
                 frontend,
@@ -242,8 +241,7 @@ impl VhostUserBackendReqHandler for Session {
             );
             let is_meant =
                 |spec: &RegionSpec| spec.guest.0 == guest && spec.frontend.0 == frontend && spec.len == len;
-            let mut wanted: Vec<RegionSpec> =
-                state.regions.iter().map(|region| region.spec().clone()).collect();
+            let mut wanted: Vec<RegionSpec> = state.table.regions().to_vec();
             let before = wanted.len();
             wanted.retain(|spec| !is_meant(spec));
             if wanted.len() == before {

@@ -1,97 +1,56 @@
-//! The guest's memory: a change of its table is planned, then applied in an order that can be undone.
+//! The guest's memory: the map plans a change and maps what is new; here the lanes follow, and what goes is let go.
 //!
 //! ```text
-//! plan: add, keep, drop ──▶ map what is new ──▶ publish the table ──▶ lanes let go of the dropped ──▶ unmap ──▶ reply
+//! MemoryMap::change ──▶ lanes go over to the new table ──▶ those with something in what leaves: drained ──▶ unmap ──▶ reply
 //! ```
 //!
-//! What stays is never unmapped (TRAPS 18). A region counts as the same if its addresses, its file and its offset
-//! are the same; one that comes back with other bounds is added before the old one goes, so the bytes they share
-//! stay in the map's books all the time (TRAPS 17).
+//! A lane that has no buffer with the card and no virtqueue in what leaves never stops (rule R3). One that has is stopped
+//! and started, and if its queue of the card will not stop, the device is reset and all of its lanes are started again
+//! (TRAPS 16). What stays is never unmapped (TRAPS 17, 18): see the plan in `vfio-glue`.
 
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::Instant;
 
-use vfio_glue::memory::{Region, RegionSpec, Table};
+use queues::lane::{Adoption, MissingMemory};
+use vfio_glue::map::{Change, Leaving};
+use vfio_glue::memory::{RegionSpec, Table};
 
 use super::{Session, SessionError, State};
 
-/// A change of the table. Nothing of it has happened yet.
-#[derive(Debug, Default)]
-struct Plan {
-    add: Vec<RegionSpec>,
-    keep: Vec<Arc<Region>>,
-    dropped: Vec<Arc<Region>>,
-}
-
-/// Compares what is there with what is wanted.
-fn plan(now: &[Arc<Region>], wanted: Vec<RegionSpec>) -> Plan {
-    let mut left: Vec<Arc<Region>> = now.to_vec();
-    let mut plan = Plan::default();
-    for spec in wanted {
-        match left.iter().position(|region| is_same(region.spec(), &spec)) {
-            Some(index) => plan.keep.push(left.swap_remove(index)),
-            None => plan.add.push(spec),
-        }
-    }
-    plan.dropped = left;
-    plan
-}
-
-/// Whether two announcements name the same addresses and the same bytes.
-fn is_same(a: &RegionSpec, b: &RegionSpec) -> bool {
-    let place = |spec: &RegionSpec| (spec.guest, spec.frontend, spec.len, spec.file_offset);
-    let file = |spec: &RegionSpec| spec.file.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
-    place(a) == place(b) && file(a).is_some() && file(a) == file(b)
-}
-
 impl Session {
-    /// Makes `wanted` the guest's memory.
+    /// Makes `wanted` the guest's memory. When this returns, no device and no lane uses what is not in it.
     ///
-    /// If the map refuses, everything is as it was before.
+    /// If the map refuses, everything is as it was before. If a device can neither be stopped nor reset, the change
+    /// holds, no lane runs, and what was to go stays mapped until a reset helps.
     pub(super) fn change_memory(
         &self,
         state: &mut State,
         wanted: Vec<RegionSpec>,
     ) -> Result<(), SessionError> {
-        let Plan { add, keep, dropped } = plan(&state.regions, wanted);
         let (map, owner) = (self.port.map(), self.port.name());
-        tracing::debug!(
-            port = owner,
-            add = add.len(),
-            keep = keep.len(),
-            drop = dropped.len(),
-            "memory table"
-        );
-
-        let mut added: Vec<Arc<Region>> = Vec::with_capacity(add.len());
-        let mapped = add.into_iter().try_for_each(|spec| -> Result<(), SessionError> {
-            added.push(Arc::new(map.add_region(owner, spec)?));
-            Ok(())
-        });
-        let regions: Vec<Arc<Region>> = keep.iter().chain(&added).cloned().collect();
-        let table = mapped.and_then(|()| Ok(Arc::new(Table::new(regions.clone())?)));
-        let table = match table {
-            Ok(table) => table,
-            Err(error) => {
-                self.unmap(&added);
-                return Err(error);
-            }
-        };
-
-        // Whatever the card holds may lie in what goes: it is taken back before anything is unmapped.
-        let ready = if dropped.is_empty() {
-            self.port.publish_table(&table).map_err(SessionError::from)
-        } else {
-            self.stop_all(state)
-        };
-        if let Err(error) = ready {
-            self.unmap(&added);
+        let change = map.change(owner, &state.table, wanted)?;
+        let ran: Vec<usize> = (0..state.vrings.len())
+            .filter(|index| state.vrings.get(*index).is_some_and(|vring| vring.runs))
+            .collect();
+        let begun = Instant::now();
+        let drained = self.drain(state, &change);
+        state.table = Arc::clone(change.table());
+        self.port.set_memory(&state.table);
+        if let Err(error) = drained {
+            self.port.abandon(change.finish_later());
             return Err(error);
         }
-        state.table = table;
-        state.regions = regions;
-        self.unmap(&dropped);
-        match self.settle_all(state) {
+        if let Err(error) = change.finish() {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(port = owner, error, "a range stays mapped");
+        }
+        let paused: Vec<usize> = ran
+            .into_iter()
+            .filter(|index| !self.runs(state, *index))
+            .collect();
+        let settled = self.settle_all(state);
+        self.count_pauses(state, &paused, begun);
+        match settled {
             // A virtqueue in a region that has gone waits for it to come back.
             Err(error @ SessionError::VringMemory { .. }) => {
                 tracing::info!(port = owner, "{error}: it waits");
@@ -101,19 +60,81 @@ impl Session {
         }
     }
 
-    /// Lets go of all memory. All lanes have been stopped.
-    pub(super) fn forget_memory(&self, state: &mut State) {
-        state.table = Arc::default();
-        let regions = std::mem::take(&mut state.regions);
-        self.unmap(&regions);
-    }
-
-    fn unmap(&self, regions: &[Arc<Region>]) {
-        for region in regions {
-            if let Err(error) = self.port.map().remove_region(self.port.name(), region) {
-                let error: &dyn std::error::Error = &error;
-                tracing::error!(port = self.port.name(), error, "a region stays mapped");
+    /// Brings every lane that runs to the new table, or stops it.
+    fn drain(&self, state: &mut State, change: &Change) -> Result<(), SessionError> {
+        for index in 0..state.vrings.len() {
+            if self.runs(state, index) && !self.goes_over(state, index, change.table(), change.leaving())? {
+                self.halt(state, index)?;
             }
         }
+        if self.port.is_stuck() {
+            // Its DMA ends with a reset alone, and with it all lanes of the device.
+            self.stop_all(state)?;
+        }
+        Ok(())
     }
+
+    /// Has the lane of virtqueue `index` go on with `next`, and says whether it could.
+    fn goes_over(
+        &self,
+        state: &State,
+        index: usize,
+        next: &Arc<Table>,
+        leaving: &Arc<Leaving>,
+    ) -> Result<bool, SessionError> {
+        if !virtqueue_stays(state, index, next, leaving) {
+            return Ok(false);
+        }
+        let (next, leaving) = (Arc::clone(next), Arc::clone(leaving));
+        let in_motion = state.regions_in_motion;
+        let adoption = self.port.with_lane(index, move |lane| {
+            if in_motion {
+                // Before it looks at a chain that points to where nothing is any more.
+                lane.set_missing_memory(MissingMemory::IsAwaited);
+            }
+            lane.adopt(next, &leaving)
+        })?;
+        Ok(adoption != Some(Adoption::InUse))
+    }
+
+    fn runs(&self, state: &State, index: usize) -> bool {
+        state.vrings.get(index).is_some_and(|vring| vring.runs)
+    }
+
+    fn count_pauses(&self, state: &State, paused: &[usize], begun: Instant) {
+        if paused.is_empty() {
+            return;
+        }
+        let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        for index in paused.iter().filter(|index| self.runs(state, **index)) {
+            if let Some(stats) = self.port.stats(*index) {
+                stats.pauses.add(1);
+                stats.paused_us.add(took_us);
+            }
+        }
+        let (port, lanes) = (self.port.name(), paused.len());
+        tracing::info!(port, lanes, took_us, "lanes were drained of memory that went");
+    }
+
+    /// Lets go of all memory. All lanes have been stopped.
+    pub(super) fn forget_memory(&self, state: &mut State) {
+        let table = std::mem::take(&mut state.table);
+        self.port.set_memory(&state.table);
+        if let Err(error) = self.port.map().let_go(self.port.name(), table.extents()) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(port = self.port.name(), error, "a range stays mapped");
+        }
+    }
+}
+
+/// Whether all three areas of a virtqueue are in `next` where they are now.
+fn virtqueue_stays(state: &State, index: usize, next: &Table, leaving: &Leaving) -> bool {
+    let Some(areas) = state.vrings.get(index).and_then(|vring| vring.areas()) else {
+        return false;
+    };
+    areas.into_iter().all(|(_, address, len)| {
+        let start = state.table.to_guest(address);
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        start.is_some_and(|start| state.table.keeps(next, leaving, start, len))
+    })
 }

@@ -1,7 +1,7 @@
 //! What one front-end's messages mean: features, memory, virtqueues.
 //!
 //! ```text
-//! memory.rs   the guest's table: plan a change, apply it in order, undo it if a step fails
+//! memory.rs   the guest's table: the map changes, the lanes follow, what goes is let go
 //! vring.rs    what is known of each virtqueue, and when its lane runs
 //! handler.rs  `vhost`'s trait, message by message
 //! ```
@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use queues::lane::MissingMemory;
 use queues::nic::NicError;
 use vfio_glue::map::MapError;
-use vfio_glue::memory::{Region, Table, VirtqMemoryError};
+use vfio_glue::memory::{Table, VirtqMemoryError};
 
 use self::vring::Vring;
 use crate::port::{Lanes, Occupant, Port, PortError};
@@ -99,9 +99,6 @@ pub enum SessionError {
     /// The map refused memory.
     #[error("the memory was refused")]
     Map(#[from] MapError),
-    /// Regions overlap.
-    #[error("the memory table was refused")]
-    Overlap(#[from] vfio_glue::memory::OverlapError),
     /// Every slot is taken.
     #[error("all {slots} memory slots are taken")]
     Slots {
@@ -175,7 +172,6 @@ pub struct Session {
 struct State {
     features: u64,
     protocol_features: u64,
-    regions: Vec<Arc<Region>>,
     table: Arc<Table>,
     vrings: Vec<Vring>,
     /// A region was taken away last: it may be on its way back with other bounds.
@@ -192,7 +188,6 @@ impl Session {
             state: Mutex::new(State {
                 features: 0,
                 protocol_features: 0,
-                regions: Vec::new(),
                 table: Arc::default(),
                 vrings,
                 regions_in_motion: false,
@@ -257,8 +252,8 @@ impl Session {
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
                 tracing::error!(port = self.port.name(), error, "its guest's memory stays mapped");
-                state.table = Arc::default();
-                self.port.abandon(std::mem::take(&mut state.regions));
+                let table = std::mem::take(&mut state.table);
+                self.port.abandon(table.extents().to_vec());
             }
         }
         self.port.vacate();

@@ -16,7 +16,7 @@ use queues::lane::{LaneSetup, MissingMemory};
 use queues::net_header;
 use queues::virtq::{Virtq, WakeUps};
 use vfio_glue::address::FrontendAddress;
-use vfio_glue::memory::{HostRange, VirtqMemory};
+use vfio_glue::memory::VirtqMemory;
 
 use super::{Session, SessionError, State, feature};
 use crate::port::Direction;
@@ -42,6 +42,18 @@ pub(super) struct Addresses {
     pub(super) used: FrontendAddress,
 }
 
+impl Vring {
+    /// Name, address and length in bytes of its descriptor table, available ring and used ring, once they are known.
+    pub(super) fn areas(&self) -> Option<[(&'static str, FrontendAddress, usize); 3]> {
+        let (at, size) = (self.addresses?, self.size?);
+        Some([
+            ("descriptor table", at.desc, VirtqMemory::desc_bytes(size)),
+            ("available ring", at.avail, VirtqMemory::avail_bytes(size)),
+            ("used ring", at.used, VirtqMemory::used_bytes(size)),
+        ])
+    }
+}
+
 /// How the front-end kicks. Having told so starts the ring.
 #[derive(Debug)]
 pub(super) enum Kick {
@@ -54,7 +66,7 @@ impl Session {
     /// Brings the lane of virtqueue `index` to what is known of it.
     pub(super) fn settle(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
         let enabled_from_start = state.features & feature::PROTOCOL_FEATURES == 0;
-        let memory_is_known = !state.regions.is_empty();
+        let memory_is_known = !state.table.regions().is_empty();
         let Some(vring) = state.vrings.get(index) else {
             return Ok(());
         };
@@ -101,27 +113,22 @@ impl Session {
         };
         let vring = state.vrings.get(index).ok_or_else(no_vring)?;
         let stats = self.port.stats(index).ok_or_else(no_vring)?;
-        let (Some(at), Some(size)) = (vring.addresses, vring.size) else {
+        let (Some(areas), Some(size)) = (vring.areas(), vring.size) else {
             return Ok(None);
         };
-        let area =
-            |area: &'static str, address: FrontendAddress, len: usize| -> Result<HostRange, SessionError> {
-                let guest = state.table.to_guest(address);
-                let range = guest.and_then(|guest| state.table.host_range(guest, len));
-                range.ok_or(SessionError::VringMemory {
-                    index,
-                    area,
-                    address: address.0,
-                    len,
-                })
-            };
-        let memory = VirtqMemory::new(
-            size.into(),
-            area("descriptor table", at.desc, VirtqMemory::desc_bytes(size))?,
-            area("available ring", at.avail, VirtqMemory::avail_bytes(size))?,
-            area("used ring", at.used, VirtqMemory::used_bytes(size))?,
-        )
-        .map_err(|source| SessionError::Virtq { index, source })?;
+        let area = |(area, address, len): (&'static str, FrontendAddress, usize)| {
+            let guest = state.table.to_guest(address);
+            let range = guest.and_then(|guest| state.table.host_range(guest, len));
+            range.ok_or(SessionError::VringMemory {
+                index,
+                area,
+                address: address.0,
+                len,
+            })
+        };
+        let [desc, avail, used] = areas.map(area);
+        let memory = VirtqMemory::new(size.into(), desc?, avail?, used?)
+            .map_err(|source| SessionError::Virtq { index, source })?;
         let wake_ups = if state.features & feature::EVENT_IDX != 0 {
             WakeUps::ByEventIdx
         } else {
@@ -210,7 +217,7 @@ impl Session {
     }
 
     /// Stops one lane and keeps its place. Whether the card's queue stopped, the port knows.
-    fn halt(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+    pub(super) fn halt(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
         let Some(vring) = state.vrings.get_mut(index).filter(|vring| vring.runs) else {
             return Ok(());
         };

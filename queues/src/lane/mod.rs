@@ -21,8 +21,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use vfio_glue::map::MemoryMap;
-use vfio_glue::memory::Table;
+use vfio_glue::address::Iova;
+use vfio_glue::map::{Leaving, MemoryMap};
+use vfio_glue::memory::{Footprint, Table};
 
 pub use rx::RxLane;
 pub use stats::{Bounce, Counter, Drop, LaneStats};
@@ -72,6 +73,15 @@ pub enum MissingMemory {
     IsBroken,
     /// The table is about to change: the chain stays in the virtqueue and is looked at again.
     IsAwaited,
+}
+
+/// What came of showing a lane another table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adoption {
+    /// It goes on with that one.
+    Adopted,
+    /// The card has buffers of it that are elsewhere in that one, or not there.
+    InUse,
 }
 
 /// What a pass over a lane did.
@@ -138,9 +148,13 @@ pub trait Lane: Send {
     /// Replaces the descriptor that reports a broken ring.
     fn set_err(&mut self, err: Option<File>);
 
-    /// Goes on with another view of the same guest's memory, in which all bytes of the old one are where they were.
-    /// For a table that lacks some, the lane is stopped and started.
-    fn set_table(&mut self, table: Arc<Table>);
+    /// Goes on with another view of the same guest's memory, if nothing that the card has of this lane, and nothing
+    /// that is to be written when it is done, changes its place or leaves. Else the lane is as before, and has to be
+    /// stopped and started. The virtqueue's own memory is for the caller to look after.
+    fn adopt(&mut self, table: Arc<Table>, leaving: &Leaving) -> Adoption;
+
+    /// What the lane has to do with each stretch of the guest's memory.
+    fn footprint(&self) -> Vec<Footprint>;
 
     /// From now on, a buffer outside of the table means this.
     fn set_missing_memory(&mut self, meaning: MissingMemory);
@@ -176,6 +190,12 @@ trait Way: Send {
 
     /// Asks the guest for kicks and looks once more, the card's interrupt being armed; whether there is work already.
     fn last_look(&mut self) -> Result<bool, VirtqError>;
+
+    /// Whether all buffers that the card has, and all that is to be touched when it is done, stay where they are.
+    fn is_kept_by(&self, next: &Table, leaving: &Leaving) -> bool;
+
+    /// Where the guest's buffers are that the card has now.
+    fn held(&self) -> Vec<Iova>;
 
     fn follow_link(&mut self, up: bool) -> Result<(), NicError>;
 
@@ -252,8 +272,17 @@ impl<W: Way> Lane for W {
         self.guest_mut().err = err;
     }
 
-    fn set_table(&mut self, table: Arc<Table>) {
+    fn adopt(&mut self, table: Arc<Table>, leaving: &Leaving) -> Adoption {
+        if !self.is_kept_by(&table, leaving) {
+            return Adoption::InUse;
+        }
         self.guest_mut().set_table(table);
+        Adoption::Adopted
+    }
+
+    fn footprint(&self) -> Vec<Footprint> {
+        let guest = self.guest();
+        guest.table.footprint(&guest.hint, self.held().into_iter())
     }
 
     fn set_missing_memory(&mut self, meaning: MissingMemory) {

@@ -14,7 +14,8 @@
 use std::collections::VecDeque;
 
 use vfio_glue::address::{GuestAddress, Iova};
-use vfio_glue::memory::HostSlice;
+use vfio_glue::map::Leaving;
+use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
@@ -46,6 +47,8 @@ pub struct RxLane<R: RxRing> {
 #[derive(Debug)]
 struct Buffers {
     head: u16,
+    /// Where the card writes: in the guest's memory, or in a slot of ours.
+    iova: Iova,
     kind: Kind,
 }
 
@@ -120,7 +123,7 @@ impl<R: RxRing> RxLane<R> {
                 return Ok(posted);
             };
             self.ring.post(iova);
-            self.posted.push_back(Buffers { head, kind });
+            self.posted.push_back(Buffers { head, iova, kind });
         }
         Ok(2 * BURST)
     }
@@ -241,7 +244,7 @@ impl<R: RxRing> RxLane<R> {
             let Some(received) = self.ring.harvest() else {
                 return given;
             };
-            let Some(Buffers { head, kind }) = self.posted.pop_front() else {
+            let Some(Buffers { head, kind, .. }) = self.posted.pop_front() else {
                 return given;
             };
             let used = self.finish(kind, received);
@@ -345,7 +348,7 @@ impl<R: RxRing> RxLane<R> {
 
     /// Copies `bytes` into the buffers, starting `skip` bytes in.
     fn scatter(&self, buffers: &[Buffer], skip: u32, bytes: &[u8]) {
-        let mut hint = self.guest.hint;
+        let mut hint = TableHint::default();
         let mut skip = skip;
         let mut left = bytes;
         for buffer in buffers {
@@ -418,6 +421,26 @@ impl<R: RxRing> Way for RxLane<R> {
         Ok(given > 0 || self.slots.is_awaited() || (more && !self.guest.waits_for_memory))
     }
 
+    fn is_kept_by(&self, next: &Table, leaving: &Leaving) -> bool {
+        let now = &self.guest.table;
+        let keeps = |start, len| now.keeps(next, leaving, start, len);
+        let all_kept = |buffers: &[Buffer]| buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len));
+        self.posted.iter().all(|posted| match &posted.kind {
+            Kind::InPlace { header } => !leaving.has(posted.iova) && keeps(*header, self.guest.header_len),
+            Kind::OddHeader { buffers } => !leaving.has(posted.iova) && all_kept(buffers),
+            Kind::Bounced { buffers, .. } => all_kept(buffers),
+        })
+    }
+
+    fn held(&self) -> Vec<Iova> {
+        let in_place = |posted: &&Buffers| !matches!(posted.kind, Kind::Bounced { .. });
+        self.posted
+            .iter()
+            .filter(in_place)
+            .map(|posted| posted.iova)
+            .collect()
+    }
+
     fn follow_link(&mut self, _up: bool) -> Result<(), NicError> {
         // Buffers stay with the card: without a link nothing arrives.
         Ok(())
@@ -444,7 +467,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::lane::{Lane, MissingMemory};
+    use crate::lane::{Adoption, Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, SECOND, WRITE, Wire, receive};
 
     const BUFFER: u64 = BASE + BUFFERS;
@@ -694,6 +717,93 @@ mod tests {
         assert_eq!(bench.posted().len(), 1);
         bench.lane.set_missing_memory(MissingMemory::IsBroken);
         assert_eq!(bench.lane.poll(), Progress::Retired);
+    }
+
+    #[test]
+    fn trap_16_a_table_without_memory_that_the_card_writes_to_is_not_adopted() {
+        type Buffers = &'static [(u64, u32)];
+        let cases: [(&str, Buffers, Adoption); 6] = [
+            ("all of it stays", &[(BUFFER, 1530)], Adoption::Adopted),
+            ("all of it goes", &[(SECOND + 64, 1530)], Adoption::InUse),
+            (
+                "the frame goes, not the header",
+                &[(BUFFER, 12), (SECOND + 64, 1518)],
+                Adoption::InUse,
+            ),
+            (
+                "the header goes, not the frame",
+                &[(SECOND + 64, 12), (BUFFER, 1518)],
+                Adoption::InUse,
+            ),
+            (
+                "half of the header goes",
+                &[(SECOND + 64, 5), (BUFFER, 1530)],
+                Adoption::InUse,
+            ),
+            (
+                "copied, a part of it goes",
+                &[(SECOND - 100, 1600)],
+                Adoption::InUse,
+            ),
+        ];
+        for (what, buffers, expected) in cases {
+            let mut bench = Bench::of_size(8);
+            bench.offer(0, buffers);
+            bench.poll_until_posted(1);
+            let change = bench.guest.losing_the_second_region();
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(adopted, expected, "{what}");
+            bench.receive(&frame(60));
+            bench.lane.poll();
+            assert_eq!(bench.guest.used(), vec![(0, 72)], "{what}: it goes on either way");
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(
+                adopted,
+                Adoption::Adopted,
+                "{what}: the card has nothing any more"
+            );
+            change.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_table_in_which_the_same_bytes_moved_is_not_adopted_while_the_card_has_them() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(SECOND + 64, 1530)]);
+        bench.lane.poll();
+        // Half of the region goes; the other half, with the buffer, is mapped anew.
+        let mut wanted = bench.guest.table.regions().to_vec();
+        for region in &mut wanted {
+            if region.guest == GuestAddress(SECOND) {
+                region.len /= 2;
+            }
+        }
+        let change = bench.guest.map.change("vm0", &bench.guest.table, wanted).unwrap();
+        let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+        assert_eq!(adopted, Adoption::InUse);
+        change.undo();
+        bench.receive(&frame(60));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 72)], "undone, it is where it was");
+    }
+
+    #[test]
+    fn the_footprint_tells_where_the_cards_buffers_are_and_where_the_lane_has_been() {
+        let mut bench = Bench::of_size(8);
+        for (head, at) in [(0, BUFFER), (1, SECOND + 64), (2, SECOND + 4096)] {
+            bench.offer(head, &[(at, 1530)]);
+        }
+        bench.lane.poll();
+        let seen = bench.lane.footprint();
+        let of = |at: u64| {
+            *seen
+                .iter()
+                .find(|place| place.iova == bench.guest.iova(at))
+                .unwrap()
+        };
+        assert_eq!((of(BASE).held, of(SECOND).held), (1, 2));
+        assert_eq!(of(SECOND).turns, 1);
+        assert!(of(BASE).turns >= 1);
     }
 
     #[test]

@@ -103,6 +103,10 @@ pub struct LaneStats {
     pub errors: Counter,
     /// Times the front-end's descriptor made the worker wait.
     pub stalls: Counter,
+    /// Times the lane was stopped and started because guest memory went that it used.
+    pub pauses: Counter,
+    /// For how long in all, in microseconds.
+    pub paused_us: Counter,
 }
 
 impl LaneStats {

@@ -12,7 +12,8 @@
 
 use std::collections::VecDeque;
 
-use vfio_glue::address::GuestAddress;
+use vfio_glue::address::{GuestAddress, Iova};
+use vfio_glue::map::Leaving;
 use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
@@ -41,6 +42,8 @@ pub struct TxLane<R: TxRing> {
     chain: Chain,
     segments: Vec<Segment>,
     taken: VecDeque<Taken>,
+    /// Where the segments are that the card has in the guest's memory, in the order of `taken`.
+    held: VecDeque<Iova>,
     slots: Slots,
     max_frame: u32,
     link_up: bool,
@@ -55,8 +58,8 @@ struct Taken {
 
 #[derive(Debug)]
 enum State {
-    /// With the card, in the guest's memory.
-    InPlace { len: u32 },
+    /// With the card, in the guest's memory, in so many segments.
+    InPlace { len: u32, segments: usize },
     /// With the card, in a slot of ours.
     InSlot { slot: Slot, len: u32, why: Bounce },
     /// Not with the card: it is given back, as lost, when its turn comes.
@@ -97,6 +100,7 @@ impl<R: TxRing> TxLane<R> {
             chain: Chain::with_room_for(size),
             segments: Vec::with_capacity(R::MAX_SEGMENTS),
             taken: VecDeque::with_capacity(size.into()),
+            held: VecDeque::with_capacity(size.into()),
         };
         // A wake-up of whoever had the queue before may be lost.
         lane.guest.publish();
@@ -128,7 +132,8 @@ impl<R: TxRing> TxLane<R> {
     fn count(&mut self, state: &State) {
         let stats = &self.guest.stats;
         match state {
-            State::InPlace { len } => {
+            State::InPlace { len, segments } => {
+                self.held.drain(..(*segments).min(self.held.len()));
                 stats.moved(*len);
                 match self.ring.transfer() {
                     Transfer::Dma => stats.zero_copy_frames.add(1),
@@ -162,7 +167,9 @@ impl<R: TxRing> TxLane<R> {
                 Frame::Lost(why) => State::Lost(why),
                 Frame::InPlace { len } => {
                     self.ring.post(&self.segments);
-                    State::InPlace { len }
+                    self.held.extend(self.segments.iter().map(|segment| segment.iova));
+                    let segments = self.segments.len();
+                    State::InPlace { len, segments }
                 }
                 Frame::Copy { len, why } => match self.post_copy(len, why) {
                     Some(state) => state,
@@ -273,7 +280,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
     fn gather(&self, into: &HostSlice<'_>) -> usize {
-        let mut hint = self.guest.hint;
+        let mut hint = TableHint::default();
         let mut skip = self.guest.header_len;
         let mut copied = 0;
         for buffer in self.chain.readable() {
@@ -298,6 +305,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Gives everything that is still taken back as lost. The card holds none of it any more.
     fn discard(&mut self, why: Drop) {
+        self.held.clear();
         while let Some(oldest) = self.taken.pop_front() {
             if let State::InSlot { slot, .. } = &oldest.state {
                 self.slots.put_back(slot);
@@ -380,6 +388,15 @@ impl<R: TxRing> Way for TxLane<R> {
         Ok(given > 0 || self.slots.is_awaited() || can_take)
     }
 
+    fn is_kept_by(&self, _next: &Table, leaving: &Leaving) -> bool {
+        // What was copied is ours, and nothing is written when the card is done.
+        leaving.is_empty() || !self.held.iter().any(|iova| leaving.has(*iova))
+    }
+
+    fn held(&self) -> Vec<Iova> {
+        self.held.iter().copied().collect()
+    }
+
     fn follow_link(&mut self, up: bool) -> Result<(), NicError> {
         if self.link_up == up {
             return Ok(());
@@ -417,7 +434,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::lane::{Lane, MissingMemory};
+    use crate::lane::{Adoption, Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, INDIRECT, SECOND, WRITE, Wire};
 
     const BUFFER: u64 = BASE + BUFFERS;
@@ -517,6 +534,68 @@ mod tests {
             "12 header bytes over two descriptors, one frame byte in the second"
         );
         assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn trap_16_a_table_without_memory_that_the_card_reads_is_not_adopted() {
+        type Buffers = &'static [(u64, u32)];
+        let cases: [(&str, Buffers, Adoption); 5] = [
+            ("all of it stays", &[(BUFFER, 72)], Adoption::Adopted),
+            ("all of it goes", &[(SECOND, 72)], Adoption::InUse),
+            (
+                "its last segment goes",
+                &[(BUFFER, 72), (SECOND, 100)],
+                Adoption::InUse,
+            ),
+            (
+                "the header goes, which has been read",
+                &[(SECOND, 12), (BUFFER, 60)],
+                Adoption::Adopted,
+            ),
+            (
+                "all of it goes, and is in a slot of ours",
+                &[(SECOND, 27)],
+                Adoption::Adopted,
+            ),
+        ];
+        for (what, buffers, expected) in cases {
+            let mut bench = Bench::of_size(8);
+            bench.guest.offer_chain(0, buffers, 0);
+            bench.poll_until_sending(1);
+            let change = bench.guest.losing_the_second_region();
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(adopted, expected, "{what}");
+            bench.finish(1);
+            bench.lane.poll();
+            assert_eq!(bench.guest.used(), vec![(0, 0)], "{what}");
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(
+                adopted,
+                Adoption::Adopted,
+                "{what}: the card has nothing any more"
+            );
+            change.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn of_frames_with_the_card_the_one_that_is_done_holds_nothing_back() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.offer_chain(0, &[(SECOND, 72), (SECOND + 200, 60)], 0);
+        bench.guest.offer_chain(2, &[(BUFFER, 72)], 0);
+        bench.lane.poll();
+        let change = bench.guest.losing_the_second_region();
+        let leaving = change.leaving();
+        assert_eq!(
+            bench.lane.adopt(Arc::clone(change.table()), leaving),
+            Adoption::InUse
+        );
+        bench.finish(1);
+        bench.lane.poll();
+        assert_eq!(
+            bench.lane.adopt(Arc::clone(change.table()), leaving),
+            Adoption::Adopted
+        );
     }
 
     #[test]

@@ -357,6 +357,16 @@ impl GuestMemory {
 pub struct Snapshot(Vec<(u64, Vec<u8>)>);
 
 impl Snapshot {
+    /// The bytes of the region that starts at `gpa`.
+    ///
+    /// # Panics
+    ///
+    /// If there was none.
+    pub fn bytes_at(&self, gpa: u64) -> &[u8] {
+        let region = self.0.iter().find(|(start, _)| *start == gpa);
+        &region.expect("a region starts there").1
+    }
+
     /// The first guest address at which `later` differs, if any.
     pub fn first_difference(&self, later: &Self) -> Option<u64> {
         self.0

@@ -96,6 +96,8 @@ pub struct MapRequest {
     pub offset: u64,
     /// The same range mapped into this process.
     pub host: HostRange,
+    /// Where the same bytes are mapped already, all of them inside one mapping.
+    pub same_as: Option<Iova>,
 }
 
 impl MapRequest {
@@ -357,6 +359,11 @@ pub trait Iommu: Send {
     ///
     /// [`IommuError::Call`] if the kernel refused; the device is out of our books all the same.
     fn detach(&mut self, device: &DeviceAddress) -> Result<(), IommuError>;
+
+    /// Whether bytes that are mapped already, as [`MapRequest::same_as`] says, are not pinned a second time.
+    fn shares_pins(&self) -> bool {
+        false
+    }
 
     /// Whether the kernel holds pins for what is mapped at this moment.
     ///

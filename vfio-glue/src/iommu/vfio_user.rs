@@ -325,6 +325,7 @@ mod tests {
             iova: Iova::new(iova),
             len: 4096,
             host: HostRange::of_file(&file, 4096, 4096).unwrap(),
+            same_as: None,
             file: Arc::new(file),
             offset: 4096,
         }

@@ -3,20 +3,21 @@
 //! Every change either happens as a whole or leaves the books, the IOMMU and the software bus as they were. A range
 //! whose unmap failed is the one exception, and the books know it for ever.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::{Range, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
-use super::extent::{Extent, ExtentKey, cells_in, cut};
-use super::files::Files;
+use super::extent::{Extent, ExtentKey, cells_in};
+use super::files::{FileId, Files};
 use super::iova::IovaAllocator;
+use super::plan::{self, Add, Mapped, Pins, Plan, Wanted, WhyAdded, WhyKept};
 use crate::address::Iova;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind, MapRequest, MappedBy};
-use crate::memory::{FileError, HostRange, guard};
+use crate::memory::{FileError, HostRange, RegionSpec, guard};
 
 pub(super) struct Books {
     pub(super) iommu: Box<dyn Iommu>,
@@ -24,8 +25,6 @@ pub(super) struct Books {
     pub(super) files: Files,
     /// All that is mapped, by IOVA.
     pub(super) records: BTreeMap<Iova, Record>,
-    /// What is handed out when the same bytes are asked for again.
-    pub(super) shared: HashMap<ExtentKey, Iova>,
     pub(super) devices: Vec<DeviceAddress>,
 }
 
@@ -40,9 +39,35 @@ pub(super) struct Record {
 /// Shown as the owner of a range that could not be unmapped.
 pub(super) const UNMAP_FAILED: &str = "unmap failed";
 
+/// Why bytes of a file could not be had.
 pub(super) enum AcquireError {
-    File(FileError),
+    /// The file, at this offset, is at fault.
+    File {
+        file: Arc<File>,
+        offset: u64,
+        source: FileError,
+    },
     Map(MapError),
+}
+
+impl AcquireError {
+    /// As the error for a change to `regions`, whose pages are `pages`: names the region whose file is at fault.
+    pub(super) fn of(self, regions: &[RegionSpec], pages: &[WantedPages]) -> MapError {
+        match self {
+            Self::Map(error) => error,
+            Self::File { file, offset, source } => {
+                let holds = |pages: &WantedPages| {
+                    Arc::ptr_eq(&pages.file, &file) && pages.wanted.range.contains(&offset)
+                };
+                let region = pages.iter().position(holds).and_then(|index| regions.get(index));
+                MapError::Region {
+                    guest: region.map_or(0, |spec| spec.guest.0),
+                    len: region.map_or(0, |spec| spec.len),
+                    source,
+                }
+            }
+        }
+    }
 }
 
 impl<E: Into<MapError>> From<E> for AcquireError {
@@ -51,134 +76,217 @@ impl<E: Into<MapError>> From<E> for AcquireError {
     }
 }
 
+/// Bytes that a guest wants, and the descriptor the map holds for their file.
+#[derive(Clone, Debug)]
+pub(super) struct WantedPages {
+    pub(super) wanted: Wanted,
+    pub(super) file: Arc<File>,
+}
+
+/// What a guest has after the first half of a change, in which nothing is taken away.
+#[derive(Debug, Default)]
+pub(super) struct Changed {
+    /// All that it is to have.
+    pub(super) extents: Vec<Arc<Extent>>,
+    /// What of it it did not have before: to be released if the change is undone.
+    pub(super) gained: Vec<Arc<Extent>>,
+    /// What it had and is to let go of.
+    pub(super) dropped: Vec<Arc<Extent>>,
+}
+
 impl Books {
-    /// Maps some pages of a guest's file, cut at the grid, or changes nothing.
-    ///
-    /// A sparse file costs its owner nothing whatever its size, so what it can make us list is bounded first.
-    pub(super) fn acquire_pages(
+    /// Does the half of a change that adds: maps for `owner`, who has `now`, what it wants and has not, or changes
+    /// nothing.
+    pub(super) fn change(
         &mut self,
         bus: &SoftwareBus,
-        file: &Arc<File>,
-        pages: Range<u64>,
         owner: &str,
-    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
-        let (need, limit) = (cells_in(&pages), guard::SLOTS);
-        if need > limit as u64 {
-            return Err(AcquireError::File(FileError::TooManyMappings { need, limit }));
+        now: &[Arc<Extent>],
+        wanted: &[WantedPages],
+    ) -> Result<Changed, AcquireError> {
+        // A sparse file costs its owner nothing whatever its size, so what it can make us list is bounded first.
+        let mut need = 0_u64;
+        for pages in wanted {
+            need = need.saturating_add(cells_in(&pages.wanted.range));
+            if need > guard::SLOTS as u64 {
+                let limit = guard::SLOTS;
+                return Err(AcquireError::File {
+                    file: Arc::clone(&pages.file),
+                    offset: pages.wanted.range.start,
+                    source: FileError::TooManyMappings { need, limit },
+                });
+            }
         }
-        let cells: Vec<Range<u64>> = cut(pages).collect();
-        self.acquire(bus, file, &cells, owner)
+        let plan = self.plan(now, wanted);
+        self.check_room(&plan.add)?;
+        tracing::debug!(
+            owner,
+            keep = plan.keep.len(),
+            add = plan.add.len(),
+            drop = plan.drop.len(),
+            "memory planned"
+        );
+        for gone in &plan.drop {
+            tracing::debug!(owner, iova = %gone.iova, why = gone.why.as_str(), "to be let go of");
+        }
+        let mut changed = Changed::default();
+        match self.carry_out(bus, owner, &plan, wanted, &mut changed) {
+            Ok(()) => {
+                let dropped = |extent: &&Arc<Extent>| plan.drop.iter().any(|gone| gone.iova == extent.iova);
+                changed.dropped = now.iter().filter(dropped).cloned().collect();
+                Ok(changed)
+            }
+            Err(error) => {
+                self.undo(bus, &changed.gained, owner);
+                Err(error)
+            }
+        }
     }
 
-    /// Maps what of `cells` is not mapped yet and counts `owner` for all of it, or changes nothing.
-    pub(super) fn acquire(
-        &mut self,
-        bus: &SoftwareBus,
-        file: &Arc<File>,
-        cells: &[Range<u64>],
-        owner: &str,
-    ) -> Result<Vec<Arc<Extent>>, AcquireError> {
-        let (id, file) = self.files.identify(file).map_err(AcquireError::File)?;
-        let keys: Vec<(ExtentKey, Range<u64>)> = cells
-            .iter()
-            .map(|cell| {
-                let key = ExtentKey {
-                    file: id,
-                    offset: cell.start,
-                    len: cell.end - cell.start,
-                };
-                (key, cell.clone())
+    fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages]) -> Plan {
+        let is_now = |record: &Record| now.iter().any(|extent| Arc::ptr_eq(extent, &record.extent));
+        let is_wanted = |record: &Record| {
+            let file = record.extent.key.file;
+            wanted.iter().any(|pages| pages.wanted.file == file)
+        };
+        let of_interest = self.records.values().filter_map(|record| {
+            let owned = is_now(record);
+            // One that could not be unmapped is nobody's, and nobody is given it again.
+            let usable = owned || (!record.owners.is_empty() && is_wanted(record));
+            usable.then(|| Mapped {
+                iova: record.extent.iova,
+                file: record.extent.key.file,
+                range: record.extent.key.offset..record.extent.key.offset + record.extent.key.len,
+                owned,
+                fit: record.extent.is_fit(),
             })
-            .collect();
-        let new = keys.iter().filter(|(key, _)| self.mapped_for(key).is_none());
-        let (count, need) = new.fold((0, 0), |(count, need), (_, cell)| {
-            (count + 1, need + cell.end - cell.start)
         });
-        if need > self.iovas.free_bytes() {
-            return Err(self.no_iova(need).into());
-        }
-        self.check_budget(count, need)?;
-
-        let mut held: Vec<Arc<Extent>> = Vec::with_capacity(keys.len());
-        for (key, cell) in keys {
-            let after = held.last().map(|last| last.iova.raw() + last.len());
-            match self.acquire_one(bus, &file, key, &cell, owner, after) {
-                Ok(extent) => held.push(extent),
-                Err(error) => {
-                    self.undo(bus, &held, owner);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(held)
+        let pins = if self.iommu.shares_pins() {
+            Pins::Shared
+        } else {
+            Pins::Each
+        };
+        let wanted: Vec<Wanted> = wanted.iter().map(|pages| pages.wanted.clone()).collect();
+        plan::plan(&of_interest.collect::<Vec<_>>(), &wanted, pins)
     }
 
-    /// Takes back an `acquire` of which nothing has been used.
-    pub(super) fn undo(&mut self, bus: &SoftwareBus, held: &[Arc<Extent>], owner: &str) {
-        for extent in held {
-            if let Err(error) = self.release(bus, extent, owner) {
-                tracing::error!(%error, "undoing a refused region left an extent mapped");
+    fn carry_out(
+        &mut self,
+        bus: &SoftwareBus,
+        owner: &str,
+        plan: &Plan,
+        wanted: &[WantedPages],
+        changed: &mut Changed,
+    ) -> Result<(), AcquireError> {
+        for kept in &plan.keep {
+            let Some(record) = self.records.get_mut(&kept.iova) else {
+                continue;
+            };
+            changed.extents.push(Arc::clone(&record.extent));
+            if kept.why == WhyKept::Shared {
+                record.owners.push(owner.to_owned());
+                changed.gained.push(Arc::clone(&record.extent));
             }
         }
+        for add in &plan.add {
+            let file = wanted.iter().find(|pages| pages.wanted.file == add.file);
+            let Some(file) = file.map(|pages| &pages.file) else {
+                continue;
+            };
+            // Next to the bytes before it where that can be: contiguous for the card as they are in the file.
+            let before = changed.extents.iter().find(|extent| {
+                extent.key.file == add.file && extent.key.offset + extent.key.len == add.range.start
+            });
+            let after = before.map(|extent| extent.iova.raw() + extent.len());
+            let extent = self.map_one(bus, file, add, owner, after)?;
+            changed.extents.push(Arc::clone(&extent));
+            changed.gained.push(extent);
+        }
+        Ok(())
     }
 
-    fn acquire_one(
+    /// Maps all of a file of our own.
+    pub(super) fn add_own(
         &mut self,
         bus: &SoftwareBus,
         file: &Arc<File>,
-        key: ExtentKey,
-        cell: &Range<u64>,
+        len: u64,
+        owner: &str,
+    ) -> Result<Arc<Extent>, AcquireError> {
+        let (id, file) = self.identify(file).map_err(|source| AcquireError::File {
+            file: Arc::clone(file),
+            offset: 0,
+            source,
+        })?;
+        let add = Add {
+            file: id,
+            range: 0..len,
+            why: WhyAdded::New,
+            same_as: None,
+        };
+        self.check_room(std::slice::from_ref(&add))?;
+        self.map_one(bus, &file, &add, owner, None)
+    }
+
+    /// Says which file this is, and gives the descriptor to hold for it.
+    pub(super) fn identify(&mut self, file: &Arc<File>) -> Result<(FileId, Arc<File>), FileError> {
+        self.files.identify(file)
+    }
+
+    /// Takes back what a change gained, of which nothing is in use.
+    pub(super) fn undo(&mut self, bus: &SoftwareBus, gained: &[Arc<Extent>], owner: &str) {
+        for extent in gained {
+            if let Err(error) = self.release(bus, extent, owner) {
+                tracing::error!(%error, "undoing a refused change left an extent mapped");
+            }
+        }
+    }
+
+    fn map_one(
+        &mut self,
+        bus: &SoftwareBus,
+        file: &Arc<File>,
+        add: &Add,
         owner: &str,
         after: Option<u64>,
     ) -> Result<Arc<Extent>, AcquireError> {
-        if let Some(iova) = self.mapped_for(&key)
-            && let Some(record) = self.records.get_mut(&iova)
-        {
-            record.owners.push(owner.to_owned());
-            return Ok(Arc::clone(&record.extent));
-        }
-        let len = cell.end - cell.start;
-        let host = HostRange::of_file(file, cell.start, len).map_err(AcquireError::File)?;
+        let (offset, len) = (add.range.start, add.range.end - add.range.start);
+        let host = HostRange::of_file(file, offset, len).map_err(|source| AcquireError::File {
+            file: Arc::clone(file),
+            offset,
+            source,
+        })?;
         let iova = self
             .iovas
-            .take(len, cell.start, after)
+            .take(len, offset, after)
             .ok_or_else(|| self.no_iova(len))?;
         let request = MapRequest {
             iova,
             len,
             file: Arc::clone(file),
-            offset: cell.start,
+            offset,
             host: host.clone(),
+            same_as: add.same_as,
         };
         let by = self
             .iommu
             .map(&request)
             .inspect_err(|_| self.iovas.give_back(iova))?;
         bus.insert(iova, host.clone());
-        let extent = Arc::new(Extent {
-            key,
-            file: Arc::clone(file),
-            iova,
-            host,
-        });
-        tracing::info!(%iova, len, owner, by = by.as_str(), "mapped");
+        let key = ExtentKey {
+            file: add.file,
+            offset,
+            len,
+        };
+        let extent = Arc::new(Extent::new(key, Arc::clone(file), iova, host));
+        tracing::info!(%iova, len, owner, by = by.as_str(), why = add.why.as_str(), "mapped");
         let record = Record {
             extent: Arc::clone(&extent),
             by,
             owners: vec![owner.to_owned()],
         };
         self.records.insert(iova, record);
-        self.shared.insert(key, iova);
         Ok(extent)
-    }
-
-    /// Where these bytes are mapped already, good for one more owner.
-    ///
-    /// Memory that was lost here is not: what we would read is not what the file holds now.
-    fn mapped_for(&self, key: &ExtentKey) -> Option<Iova> {
-        let iova = *self.shared.get(key)?;
-        let record = self.records.get(&iova)?;
-        (!record.extent.host.lost_memory()).then_some(iova)
     }
 
     /// Counts `owner` out once; unmaps when nobody is left.
@@ -201,9 +309,6 @@ impl Books {
         if !record.owners.is_empty() {
             return Ok(());
         }
-        if self.shared.get(&extent.key) == Some(&iova) {
-            self.shared.remove(&extent.key);
-        }
         // Software devices lose the range first, then the hardware; the IOVA is free only once it is unmapped.
         bus.remove(iova);
         self.iommu.unmap(iova, extent.len())?;
@@ -211,6 +316,18 @@ impl Books {
         self.records.remove(&iova);
         tracing::info!(iova = %extent.iova, len = extent.len(), owner, "unmapped");
         Ok(())
+    }
+
+    /// Whether there is room for what a plan adds: bus addresses, mappings, and the limit on locked memory.
+    fn check_room(&self, adds: &[Add]) -> Result<(), MapError> {
+        let len = |add: &Add| add.range.end - add.range.start;
+        let need: u64 = adds.iter().map(len).sum();
+        if need > self.iovas.free_bytes() {
+            return Err(self.no_iova(need));
+        }
+        // What is copied is pinned already.
+        let pinned_anew = adds.iter().filter(|add| add.same_as.is_none()).map(len).sum();
+        self.check_budget(adds.len(), pinned_anew)
     }
 
     fn no_iova(&self, len: u64) -> MapError {

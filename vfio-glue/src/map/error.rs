@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::iommu::{DeviceAddress, IommuError};
-use crate::memory::FileError;
+use crate::memory::{FileError, OverlapError};
 
 /// Why the map could not be changed. It is as before then, unless the variant says otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,9 @@ pub enum MapError {
         /// File offset.
         offset: u64,
     },
+    /// Regions overlap.
+    #[error(transparent)]
+    Overlap(#[from] OverlapError),
     /// Pinning would go over the limit on locked memory.
     #[error(
         "{need} more bytes would have to be pinned, {pinned} are already, and the limit on locked memory is {limit}: \

@@ -6,16 +6,17 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::files::FileId;
 use crate::address::Iova;
-use crate::memory::{HostRange, RegionPiece};
+use crate::memory::HostRange;
 
 /// The grid on which extents are cut, in bytes of file offset.
 pub const CELL_BYTES: u64 = 1 << 30;
 
 /// What makes two ranges the same memory (rule R4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ExtentKey {
     pub(super) file: FileId,
     pub(super) offset: u64,
@@ -29,9 +30,30 @@ pub struct Extent {
     pub(super) file: Arc<File>,
     pub(super) iova: Iova,
     pub(super) host: HostRange,
+    /// Pages of it were taken out of the file while it was pinned (TRAPS 21).
+    discarded: AtomicBool,
+}
+
+/// The part of an extent that a region shows.
+#[derive(Clone, Debug)]
+pub(crate) struct ExtentPart {
+    /// Where the card finds the first byte.
+    pub(crate) iova: Iova,
+    /// Where we find them.
+    pub(crate) host: HostRange,
 }
 
 impl Extent {
+    pub(super) fn new(key: ExtentKey, file: Arc<File>, iova: Iova, host: HostRange) -> Self {
+        Self {
+            key,
+            file,
+            iova,
+            host,
+            discarded: AtomicBool::new(false),
+        }
+    }
+
     /// Where devices find the first byte.
     pub fn iova(&self) -> Iova {
         self.iova
@@ -52,17 +74,38 @@ impl Extent {
         self.key.offset
     }
 
+    /// The bytes of its file that it shows.
+    pub(crate) fn file_range(&self) -> Range<u64> {
+        self.key.offset..self.key.offset + self.key.len
+    }
+
+    /// The file it shows.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
     /// The part of it that lies in `range` of its file, or `None` if there is none.
-    pub(super) fn piece(self: &Arc<Self>, range: &Range<u64>) -> Option<RegionPiece> {
-        let (start, end) = (self.key.offset, self.key.offset + self.key.len);
-        let (from, to) = (range.start.max(start), range.end.min(end));
-        let skip = from - start;
-        let len = usize::try_from(to.checked_sub(from)?).ok()?;
-        Some(RegionPiece {
+    pub(crate) fn part(&self, range: &Range<u64>) -> Option<ExtentPart> {
+        let own = self.file_range();
+        let (from, to) = (range.start.max(own.start), range.end.min(own.end));
+        let skip = from - own.start;
+        let len = usize::try_from(to.checked_sub(from)?)
+            .ok()
+            .filter(|len| *len > 0)?;
+        Some(ExtentPart {
             iova: self.iova.offset(skip),
             host: self.host.sub(usize::try_from(skip).ok()?, len)?,
-            extent: Arc::clone(self),
         })
+    }
+
+    /// Whether it shows what its file holds, and may be given to one more guest.
+    pub(super) fn is_fit(&self) -> bool {
+        !self.host.lost_memory() && !self.discarded.load(Ordering::Relaxed)
+    }
+
+    /// Marks it as showing pages that its file has no more.
+    pub(super) fn set_discarded(&self) {
+        self.discarded.store(true, Ordering::Relaxed);
     }
 
     /// The same bytes in this process.

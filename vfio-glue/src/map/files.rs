@@ -37,8 +37,8 @@ use crate::memory::{FileError, HostRange};
 use crate::sys;
 
 /// A file, as the map tells files apart. Good for as long as the map holds the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct FileId(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct FileId(pub(super) u64);
 
 #[derive(Debug)]
 struct Known {

@@ -1,24 +1,26 @@
 //! The memory map: one IOVA space, what is mapped in it, and the devices that see it. The heart of the project.
 //!
 //! ```text
-//! front-end's region ──add_region──▶ extents (cut, deduplicated, counted) ──▶ dyn Iommu
+//! front-end's regions ──change──▶ extents (planned, cut, deduplicated, counted) ──▶ dyn Iommu
 //! device ──attach──▶ sees all of it, whenever it comes
 //! ```
 //!
 //! A map exists by itself: it is made, filled and inspected with no device, and outlives every device and every
 //! guest (R1). No device is special (R2). Memory changes touch the map and never the devices (R3). The same
-//! memory seen twice is mapped once, by file, offset and length (R4; `files.rs` says what proves two files one). What the kernel keeps
-//! behind it does not show (R6).
+//! memory seen twice is mapped once, by file and offset (R4; `files.rs` says what proves two files one). What the
+//! kernel keeps behind it does not show (R6).
 //!
 //! ```text
-//! books.rs   what is mapped where, for whom      extent.rs, iova.rs, budget.rs, files.rs  how that is decided
-//! device.rs  a device's place on a map           snapshot.rs  what a map shows of itself
+//! plan.rs    what a change of a guest's memory means     change.rs  one under way: to be finished or undone
+//! books.rs   what is mapped where, for whom              extent.rs, iova.rs, budget.rs, files.rs  how that is decided
+//! device.rs  a device's place on a map                   snapshot.rs  what a map shows of itself
 //! ```
 //!
 //! All calls are control plane: they take one lock and may block while the kernel pins. Lanes never call here.
 
 mod books;
 mod budget;
+mod change;
 mod device;
 mod error;
 mod extent;
@@ -26,24 +28,28 @@ mod files;
 mod iova;
 #[cfg(test)]
 mod model;
+mod plan;
 mod snapshot;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use change::{Change, Leaving};
 pub use device::Device;
 pub use error::MapError;
+pub(crate) use extent::ExtentPart;
 pub use extent::{CELL_BYTES, Extent};
 pub use snapshot::{ExtentSnapshot, MapSnapshot};
 
-use self::books::{AcquireError, Books};
+use self::books::{AcquireError, Books, Changed, WantedPages};
 use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
+use self::plan::Wanted;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind};
-use crate::memory::{MemoryFile, Region, RegionPiece, RegionSpec};
+use crate::memory::{MemoryFile, RegionSpec, Table, refuse_overlap};
 
 /// One IOVA space. Shared by `Arc`; see the module's page for what it promises.
 pub struct MemoryMap {
@@ -71,7 +77,6 @@ impl MemoryMap {
                 iovas: IovaAllocator::new(cautious_ranges()),
                 files: Files::default(),
                 records: BTreeMap::new(),
-                shared: HashMap::new(),
                 devices: Vec::new(),
             }),
         })
@@ -92,84 +97,96 @@ impl MemoryMap {
         Arc::clone(&self.bus)
     }
 
-    /// Maps a guest's region for every device of this map, those to come included.
-    ///
-    /// `owner` is the guest, for `stats`. Bytes that are mapped already, by this guest or another, are shared and
-    /// not pinned again. Blocks while the kernel pins.
+    /// Maps a guest's first memory: [`change`](Self::change) from nothing, with nothing to drain.
     ///
     /// # Errors
     ///
-    /// [`MapError`]; nothing of the region is mapped then.
-    pub fn add_region(&self, owner: &str, spec: RegionSpec) -> Result<Region, MapError> {
-        let (guest, len) = (spec.guest.0, spec.len);
-        let refused = |source| MapError::Region { guest, len, source };
-        let ends = [spec.guest.0, spec.frontend.0, spec.file_offset].map(|start| start.checked_add(len));
-        if len == 0 || ends.contains(&None) {
-            let (frontend, offset) = (spec.frontend.0, spec.file_offset);
-            return Err(MapError::Wraps {
-                guest,
-                frontend,
-                len,
-                offset,
-            });
-        }
-        // How long the file is comes before anything is made in proportion to what was announced.
-        let file = MemoryFile::of(&spec.file).map_err(refused)?;
-        let pages = file.pages_around(spec.file_offset, len).map_err(refused)?;
-        let extents = self
-            .books()
-            .acquire_pages(&self.bus, &spec.file, pages, owner)
-            .map_err(|error| match error {
-                AcquireError::File(source) => refused(source),
-                AcquireError::Map(error) => error,
-            })?;
-        let held = extents.first().map(|extent| Arc::clone(&extent.file));
-        let range = spec.file_offset..spec.file_offset + len;
-        let pieces: Option<Vec<RegionPiece>> = extents.iter().map(|extent| extent.piece(&range)).collect();
-        let Some(pieces) = pieces else {
-            self.books().undo(&self.bus, &extents, owner);
-            return Err(refused(file.out_of_bounds(spec.file_offset, len)));
-        };
-        // A region keeps the map's descriptor of its file and not the one it came with: descriptors are few.
-        let file = held.unwrap_or(spec.file);
-        let spec = RegionSpec { file, ..spec };
-        Ok(Region { spec, pieces })
+    /// [`MapError`]; nothing is mapped then.
+    pub fn add(self: &Arc<Self>, owner: &str, wanted: Vec<RegionSpec>) -> Result<Arc<Table>, MapError> {
+        let change = self.change(owner, &Table::default(), wanted)?;
+        let table = Arc::clone(change.table());
+        change.finish()?;
+        Ok(table)
     }
 
-    /// Takes a region back. Bytes nobody else has asked for are unmapped: no device reaches them once this
-    /// returns, so the caller has drained whatever used them.
+    /// Begins to make `wanted` the memory of a guest that has `now`: plans what is mapped anew, what stays and what
+    /// goes (see `plan.rs`), and maps what is new for every device of this map, those to come included.
+    ///
+    /// `owner` is the guest, for `stats`. Bytes that are mapped already, by this guest or another, are shared and not
+    /// pinned again. Nothing is taken away before [`Change::finish`]. Blocks while the kernel pins.
     ///
     /// # Errors
     ///
-    /// [`MapError::Iommu`] if an unmap failed: that range then stays in the books with no owner and keeps its IOVA
-    /// and its memory for as long as the map lives.
-    pub fn remove_region(&self, owner: &str, region: &Region) -> Result<(), MapError> {
+    /// [`MapError`]; everything is as it was then.
+    pub fn change(
+        self: &Arc<Self>,
+        owner: &str,
+        now: &Table,
+        wanted: Vec<RegionSpec>,
+    ) -> Result<Change, MapError> {
+        refuse_overlap(&wanted)?;
+        let mut books = self.books();
+        let mut pages = Vec::with_capacity(wanted.len());
+        let mut regions = Vec::with_capacity(wanted.len());
+        for spec in wanted {
+            let refused = |source| MapError::Region {
+                guest: spec.guest.0,
+                len: spec.len,
+                source,
+            };
+            // How long the file is comes before anything is made in proportion to what was announced.
+            let file = MemoryFile::of(&spec.file).map_err(refused)?;
+            let range = file.pages_around(spec.file_offset, spec.len).map_err(refused)?;
+            let (id, held) = books.identify(&spec.file).map_err(refused)?;
+            pages.push(WantedPages {
+                wanted: Wanted { file: id, range },
+                file: Arc::clone(&held),
+            });
+            // A region keeps the map's descriptor of its file and not the one it came with: descriptors are few.
+            regions.push(RegionSpec { file: held, ..spec });
+        }
+        let changed = books.change(&self.bus, owner, now.extents(), &pages);
+        let Changed {
+            extents,
+            gained,
+            dropped,
+        } = changed.map_err(|error| error.of(&regions, &pages))?;
+        let next = Arc::new(Table::new(regions, extents));
+        Ok(Change::new(self, owner, next, gained, dropped))
+    }
+
+    /// Takes all of a guest's memory out of the map: as a [`change`](Self::change) to nothing. No device reaches what
+    /// nobody else has once this returns, so the caller has drained whatever used it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Change::finish`].
+    pub fn let_go(&self, owner: &str, extents: &[Arc<Extent>]) -> Result<(), MapError> {
         let mut books = self.books();
         let mut first_error = Ok(());
-        for piece in &region.pieces {
-            let released = books.release(&self.bus, &piece.extent, owner);
+        for extent in extents {
+            let released = books.release(&self.bus, extent, owner);
             first_error = first_error.and(released);
         }
         first_error
     }
 
+    /// Takes back what a change gained.
+    fn take_back(&self, gained: &[Arc<Extent>], owner: &str) {
+        self.books().undo(&self.bus, gained, owner);
+    }
+
     /// Maps all of a file of our own.
     pub(crate) fn add_own(&self, file: &Arc<File>, len: u64, owner: &str) -> Result<Arc<Extent>, MapError> {
-        let whole = 0..len;
-        let mut extents = self
-            .books()
-            .acquire(&self.bus, file, std::slice::from_ref(&whole), owner)
+        self.books()
+            .add_own(&self.bus, file, len, owner)
             .map_err(|error| match error {
-                AcquireError::File(source) => MapError::OwnMemory {
+                AcquireError::File { source, .. } => MapError::OwnMemory {
                     len,
                     source: io::Error::other(source),
                 },
                 AcquireError::Map(error) => error,
-            })?;
-        extents.pop().ok_or_else(|| MapError::OwnMemory {
-            len,
-            source: io::ErrorKind::InvalidInput.into(),
-        })
+            })
     }
 
     /// Takes back one `add_own`.
@@ -239,7 +256,7 @@ mod tests {
     use super::*;
     use crate::address::{FrontendAddress, GuestAddress};
     use crate::iommu::fake::FakeKernel;
-    use crate::memory::{DmaBuffer, FileError, Table, TableHint, guard};
+    use crate::memory::{DmaBuffer, FileError, TableHint, guard};
 
     const MIB: u64 = 1 << 20;
 
@@ -270,14 +287,14 @@ mod tests {
     fn r1_a_map_is_filled_and_inspected_with_no_device() {
         let (kernel, map) = fake();
         let file = memfd(4 * MIB);
-        let region = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+        let region = map.add("vm0", vec![region(&file, 0, 4 * MIB, 0)]).unwrap();
         let seen = map.snapshot();
         assert_eq!(
             (seen.mapped_bytes, seen.pinned_bytes, seen.devices.len()),
             (4 * MIB, 0, 0)
         );
         assert_eq!(kernel.mapped(), vec![(seen.extents[0].iova.raw(), 4 * MIB)]);
-        map.remove_region("vm0", &region).unwrap();
+        map.let_go("vm0", region.extents()).unwrap();
         assert_eq!(kernel.mapped(), vec![]);
     }
 
@@ -286,15 +303,15 @@ mod tests {
         let (kernel, map) = fake();
         let file = memfd(4 * MIB);
         let again = Arc::new(file.try_clone().unwrap());
-        let first = map.add_region("vm0", region(&file, 0, 4 * MIB, 0)).unwrap();
+        let first = map.add("vm0", vec![region(&file, 0, 4 * MIB, 0)]).unwrap();
         let second = map
-            .add_region("vm1", region(&again, 0x8000_0000, 4 * MIB, 0))
+            .add("vm1", vec![region(&again, 0x8000_0000, 4 * MIB, 0)])
             .unwrap();
         assert_eq!(kernel.mapped().len(), 1);
         assert_eq!(map.snapshot().extents[0].owners, vec!["vm0", "vm1"]);
-        map.remove_region("vm0", &first).unwrap();
+        map.let_go("vm0", first.extents()).unwrap();
         assert_eq!(kernel.mapped().len(), 1);
-        map.remove_region("vm1", &second).unwrap();
+        map.let_go("vm1", second.extents()).unwrap();
         assert_eq!(kernel.mapped().len(), 0);
     }
 
@@ -302,25 +319,22 @@ mod tests {
     fn many_regions_of_one_file_hold_one_descriptor() {
         let (_, map) = fake();
         let file = memfd(64 * MIB);
-        let mut regions: Vec<Region> = Vec::new();
+        let mut regions: Vec<Arc<Table>> = Vec::new();
         for n in 0..64 {
             // Each comes with a descriptor of its own, as they do over a socket.
             let sent = Arc::new(file.try_clone().unwrap());
             regions.push(
-                map.add_region("vm0", region(&sent, n * MIB, MIB, n * MIB))
+                map.add("vm0", vec![region(&sent, n * MIB, MIB, n * MIB)])
                     .unwrap(),
             );
         }
-        let held = &regions[0].spec().file;
+        let held = &regions[0].regions()[0].file;
         assert!(
             regions
                 .iter()
-                .all(|region| Arc::ptr_eq(&region.spec().file, held))
+                .all(|table| Arc::ptr_eq(&table.regions()[0].file, held))
         );
-        let extents = regions
-            .iter()
-            .flat_map(|region| &region.pieces)
-            .map(|piece| &piece.extent);
+        let extents = regions.iter().flat_map(|table| table.extents());
         assert!(extents.into_iter().all(|extent| Arc::ptr_eq(&extent.file, held)));
     }
 
@@ -335,7 +349,7 @@ mod tests {
         };
         let (file, others) = (huge(), huge());
         let again = Arc::new(file.try_clone().unwrap());
-        let add = |owner, file: &Arc<File>| map.add_region(owner, region(file, 0, 4 * MIB, 0)).unwrap();
+        let add = |owner, file: &Arc<File>| map.add(owner, vec![region(file, 0, 4 * MIB, 0)]).unwrap();
         let _regions = [add("vm0-a", &file), add("vm0-b", &again), add("vm1", &others)];
         assert_eq!(kernel.mapped().len(), 2);
         assert_eq!(map.snapshot().extents[0].owners, vec!["vm0-a", "vm0-b"]);
@@ -344,12 +358,7 @@ mod tests {
     #[test]
     fn two_guests_with_equal_addresses_get_different_iovas() {
         let (_, map) = fake();
-        let table = |owner: &str| {
-            let region = map
-                .add_region(owner, region(&memfd(MIB), 0x1000, MIB, 0))
-                .unwrap();
-            Table::new(vec![Arc::new(region)]).unwrap()
-        };
+        let table = |owner: &str| map.add(owner, vec![region(&memfd(MIB), 0x1000, MIB, 0)]).unwrap();
         let (a, b) = (table("vm0"), table("vm1"));
         let iova = |table: &Table| {
             table
@@ -366,7 +375,7 @@ mod tests {
         // Sparse: only addresses are asked for.
         let file = memfd(CELL_BYTES + 2 * MIB);
         let spec = region(&file, 0x10_0000, 3 * MIB, CELL_BYTES - MIB);
-        let table = Table::new(vec![Arc::new(map.add_region("vm0", spec).unwrap())]).unwrap();
+        let table = map.add("vm0", vec![spec]).unwrap();
         assert_eq!(kernel.mapped().len(), 2);
         let mut hint = TableHint::default();
         let border = 0x10_0000 + MIB;
@@ -396,8 +405,7 @@ mod tests {
             (CELL_BYTES - 1, CELL_BYTES + 2),
             (7, 3 * CELL_BYTES - 9),
         ] {
-            let part = Arc::new(map.add_region("vm0", region(&file, 0x1000, len, offset)).unwrap());
-            let table = Table::new(vec![Arc::clone(&part)]).unwrap();
+            let table = map.add("vm0", vec![region(&file, 0x1000, len, offset)]).unwrap();
             let (mut hint, mut at, mut pieces) = (TableHint::default(), 0, 0);
             while at < len {
                 let piece = table
@@ -409,10 +417,10 @@ mod tests {
             }
             assert_eq!(
                 (at, pieces),
-                (len, part.pieces.len()),
+                (len, table.extents().len()),
                 "no byte is left out, none is added"
             );
-            map.remove_region("vm0", &part).unwrap();
+            map.let_go("vm0", table.extents()).unwrap();
         }
     }
 
@@ -423,7 +431,7 @@ mod tests {
         let file = memfd(CELL_BYTES + 2 * MIB);
         let table = |owner, file: &Arc<File>| {
             let spec = region(file, 0, 3 * MIB, CELL_BYTES - MIB);
-            Table::new(vec![Arc::new(map.add_region(owner, spec).unwrap())]).unwrap()
+            map.add(owner, vec![spec]).unwrap()
         };
         let (cut, whole) = (table("vm0", &file), table("vm1", &memfd(CELL_BYTES + 2 * MIB)));
         // A virtqueue over a cell's border has a mapping of its own, whose loss counts as well.
@@ -438,15 +446,15 @@ mod tests {
     #[test]
     fn a_refused_region_leaves_nothing_behind() {
         let (kernel, map) = fake();
-        let kept = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
+        let kept = map.add("vm0", vec![region(&memfd(MIB), 0, MIB, 0)]).unwrap();
         let before = kernel.mapped();
         kernel.fail_after(1);
         let file = memfd(CELL_BYTES + 2 * MIB);
-        let refused = map.add_region("vm0", region(&file, 1 << 32, 3 * MIB, CELL_BYTES - MIB));
+        let refused = map.add("vm0", vec![region(&file, 1 << 32, 3 * MIB, CELL_BYTES - MIB)]);
         assert!(matches!(refused, Err(MapError::Iommu(_))));
         assert_eq!(kernel.mapped(), before);
         assert_eq!(map.snapshot().extents.len(), 1);
-        map.remove_region("vm0", &kept).unwrap();
+        map.let_go("vm0", kept.extents()).unwrap();
     }
 
     #[test]
@@ -454,14 +462,14 @@ mod tests {
         let (kernel, map) = fake();
         let file = memfd(MIB);
         let spec = || region(&file, 0, MIB, 0);
-        let first = map.add_region("vm0", spec()).unwrap();
+        let first = map.add("vm0", vec![spec()]).unwrap();
         kernel.fail_after(0);
-        assert!(map.remove_region("vm0", &first).is_err());
+        assert!(map.let_go("vm0", first.extents()).is_err());
         let stuck = kernel.mapped()[0];
 
-        let second = map.add_region("vm0", spec()).unwrap();
+        let second = map.add("vm0", vec![spec()]).unwrap();
         assert_eq!(kernel.mapped().len(), 2, "the same bytes are mapped anew");
-        map.remove_region("vm0", &first).unwrap();
+        map.let_go("vm0", first.extents()).unwrap();
         let seen = map.snapshot().extents;
         assert_eq!((seen[0].iova.raw(), seen[0].len), stuck);
         assert_eq!(seen[0].owners, vec!["unmap failed"]);
@@ -474,18 +482,18 @@ mod tests {
         assert_eq!(bus.room(seen[0].iova), 0, "no software device reaches it");
         assert_ne!(bus.room(seen[1].iova), 0);
 
-        map.remove_region("vm0", &second).unwrap();
+        map.let_go("vm0", second.extents()).unwrap();
         assert_eq!(kernel.mapped(), vec![stuck]);
     }
 
     #[test]
     fn a_region_let_go_twice_takes_nothing_from_the_one_in_its_place() {
         let (kernel, map) = fake();
-        let first = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
-        map.remove_region("vm0", &first).unwrap();
-        let second = map.add_region("vm0", region(&memfd(MIB), 0, MIB, 0)).unwrap();
-        assert_eq!(first.pieces[0].iova, second.pieces[0].iova);
-        map.remove_region("vm0", &first).unwrap();
+        let first = map.add("vm0", vec![region(&memfd(MIB), 0, MIB, 0)]).unwrap();
+        map.let_go("vm0", first.extents()).unwrap();
+        let second = map.add("vm0", vec![region(&memfd(MIB), 0, MIB, 0)]).unwrap();
+        assert_eq!(first.extents()[0].iova, second.extents()[0].iova);
+        map.let_go("vm0", first.extents()).unwrap();
         assert_eq!(kernel.mapped().len(), 1);
     }
 
@@ -495,21 +503,20 @@ mod tests {
         let (kernel, map) = fake();
         let file = memfd(MIB);
         let spec = || region(&file, 0, MIB, 0);
-        let table = |region: &Arc<Region>| Table::new(vec![Arc::clone(region)]).unwrap();
-        let first = Arc::new(map.add_region("vm0", spec()).unwrap());
+        let first = map.add("vm0", vec![spec()]).unwrap();
         file.set_len(0).unwrap();
-        let range = table(&first).host_range(GuestAddress(0), 16).unwrap();
+        let range = first.host_range(GuestAddress(0), 16).unwrap();
         range.whole().copy_to(&mut [0; 16]);
         file.set_len(MIB).unwrap();
 
-        let second = Arc::new(map.add_region("vm1", spec()).unwrap());
-        assert!(table(&first).lost_memory() && !table(&second).lost_memory());
+        let second = map.add("vm1", vec![spec()]).unwrap();
+        assert!(first.lost_memory() && !second.lost_memory());
         assert_eq!(kernel.mapped().len(), 2);
-        map.remove_region("vm0", &first).unwrap();
-        let third = map.add_region("vm2", spec()).unwrap();
+        map.let_go("vm0", first.extents()).unwrap();
+        let third = map.add("vm2", vec![spec()]).unwrap();
         assert_eq!(map.snapshot().extents[0].owners, vec!["vm1", "vm2"]);
-        map.remove_region("vm1", &second).unwrap();
-        map.remove_region("vm2", &third).unwrap();
+        map.let_go("vm1", second.extents()).unwrap();
+        map.let_go("vm2", third.extents()).unwrap();
         assert_eq!(kernel.mapped(), vec![]);
     }
 
@@ -520,10 +527,10 @@ mod tests {
             guest: GuestAddress(u64::MAX - 10),
             ..region(&memfd(MIB), 0, MIB, 0)
         };
-        let wraps = map.add_region("vm0", at_the_end).unwrap_err();
+        let wraps = map.add("vm0", vec![at_the_end]).unwrap_err();
         assert!(matches!(wraps, MapError::Wraps { .. }));
         let short = map
-            .add_region("vm0", region(&memfd(MIB), 0, 2 * MIB, 0))
+            .add("vm0", vec![region(&memfd(MIB), 0, 2 * MIB, 0)])
             .unwrap_err();
         let shown = format!("{short}: {}", std::error::Error::source(&short).unwrap());
         assert_eq!(
@@ -547,7 +554,7 @@ mod tests {
                 frontend: FrontendAddress(0),
                 ..region(&memfd(4096), 0, len, offset)
             };
-            let refused = map.add_region("vm0", spec).unwrap_err();
+            let refused = map.add("vm0", vec![spec]).unwrap_err();
             let source = std::error::Error::source(&refused).and_then(|source| source.downcast_ref());
             assert!(
                 matches!(source, Some(FileError::TooShort { size: 4096, .. })),
@@ -560,14 +567,14 @@ mod tests {
     #[test]
     fn a_sparse_file_cannot_ask_for_more_than_the_map_can_hold() {
         let (kernel, map) = fake();
-        let endless = map.add_region("vm0", region(&memfd(1 << 62), 0, 1 << 62, 0));
+        let endless = map.add("vm0", vec![region(&memfd(1 << 62), 0, 1 << 62, 0)]);
         let endless = endless.unwrap_err();
         let source = std::error::Error::source(&endless).unwrap().to_string();
         assert_eq!(
             source,
             "4294967296 more mappings of up to 1 GiB are needed, and a process has room for 4096 in all"
         );
-        let too_wide = map.add_region("vm0", region(&memfd(1 << 40), 0, 1 << 40, 0));
+        let too_wide = map.add("vm0", vec![region(&memfd(1 << 40), 0, 1 << 40, 0)]);
         assert!(matches!(too_wide, Err(MapError::NoIova { len, .. }) if len == 1 << 40));
         assert_eq!(kernel.mapped(), vec![]);
     }
@@ -585,14 +592,12 @@ mod tests {
 
     #[test]
     fn overlapping_regions_make_no_table() {
-        let (_, map) = fake();
+        let (kernel, map) = fake();
         let file = memfd(2 * MIB);
-        let a = Arc::new(map.add_region("vm0", region(&file, 0, MIB, 0)).unwrap());
-        let b = Arc::new(
-            map.add_region("vm0", region(&file, MIB - 4096, MIB, MIB))
-                .unwrap(),
-        );
-        let error = Table::new(vec![b, a]).unwrap_err().to_string();
+        let first = region(&file, 0, MIB, 0);
+        let second = region(&file, MIB - 4096, MIB, MIB);
+        let error = map.add("vm0", vec![second, first]).unwrap_err().to_string();
+        assert_eq!(kernel.mapped(), vec![]);
         assert_eq!(
             error,
             "region at 0xff000 (guest-physical) starts inside the one at 0x0, which is 0x100000 bytes long"

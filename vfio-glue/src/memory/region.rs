@@ -1,18 +1,16 @@
-//! One region of guest memory as a front-end announces it, and the extents that stand behind it.
+//! One region of guest memory as a front-end announces it.
 //!
-//! A region says "these guest-physical addresses are these bytes of that file". The map cuts it at the grid of
-//! file offsets into extents (see [`crate::map::Extent`]); a piece is the part of an extent the region shows.
+//! A region says "these guest-physical addresses are these bytes of that file". The map covers them with extents
+//! (see [`crate::map::Extent`]), and a [`Table`](super::Table) shows where each byte came to lie.
 //!
 //! Read with: vhost-user, "Memory region description".
 
 use std::fs::File;
 use std::sync::Arc;
 
-use super::HostRange;
-use crate::address::{FrontendAddress, GuestAddress, Iova};
-use crate::map::Extent;
+use crate::address::{FrontendAddress, GuestAddress};
 
-/// A region as announced. Untrusted: [`crate::map::MemoryMap::add_region`] checks it.
+/// A region as announced. Untrusted: [`crate::map::MemoryMap::change`] checks it.
 #[derive(Clone, Debug)]
 pub struct RegionSpec {
     /// Where the guest sees the first byte.
@@ -25,28 +23,4 @@ pub struct RegionSpec {
     pub file: Arc<File>,
     /// Where the region starts in `file`, in bytes.
     pub file_offset: u64,
-}
-
-/// A region whose bytes are mapped. Made and taken back by the map.
-#[derive(Debug)]
-pub struct Region {
-    pub(crate) spec: RegionSpec,
-    pub(crate) pieces: Vec<RegionPiece>,
-}
-
-/// The part of one extent that a region shows.
-#[derive(Clone, Debug)]
-pub(crate) struct RegionPiece {
-    pub(crate) extent: Arc<Extent>,
-    /// Where the card finds the first byte.
-    pub(crate) iova: Iova,
-    /// Where we find them.
-    pub(crate) host: HostRange,
-}
-
-impl Region {
-    /// What the front-end announced.
-    pub fn spec(&self) -> &RegionSpec {
-        &self.spec
-    }
 }

@@ -12,13 +12,28 @@
 
 use std::sync::Arc;
 
-use super::{HostRange, HostSlice, Region};
+use super::{HostRange, HostSlice, RegionSpec};
 use crate::address::{FrontendAddress, GuestAddress, Iova};
+use crate::map::{Extent, ExtentPart, Leaving, MapError};
 
-/// Where a lookup found its answer last time. Each user of a table keeps one; guests go back to the same
-/// region nearly always.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TableHint(usize);
+/// Where a lookup found its answer last time, and how often each place was turned to. Each user of a table keeps one;
+/// guests go back to the same region nearly always.
+#[derive(Clone, Debug)]
+pub struct TableHint {
+    at: usize,
+    /// By segment: how often a lookup came here from another one.
+    turns: Vec<u64>,
+}
+
+impl Default for TableHint {
+    fn default() -> Self {
+        Self {
+            // No segment's: the first lookup counts as a turn.
+            at: usize::MAX,
+            turns: Vec::new(),
+        }
+    }
+}
 
 /// Bytes that are contiguous for the guest, for the card and for us.
 #[derive(Clone, Copy, Debug)]
@@ -51,11 +66,13 @@ struct Segment {
     host: HostRange,
 }
 
-/// The sorted segments of one guest's memory. Immutable.
+/// The sorted segments of one guest's memory. Immutable. The empty one, of a guest without memory, is the default.
 #[derive(Debug, Default)]
 pub struct Table {
     segments: Vec<Segment>,
-    regions: Vec<Arc<Region>>,
+    regions: Vec<RegionSpec>,
+    /// What the guest has in its map, once each.
+    extents: Vec<Arc<Extent>>,
 }
 
 /// Two regions claim the same addresses.
@@ -68,29 +85,41 @@ pub struct OverlapError {
     second: u64,
 }
 
+/// One stretch of a table, and how much a user of the table has to do with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// Where the card finds the first byte.
+    pub iova: Iova,
+    /// Buffers in it that the card has now.
+    pub held: u64,
+    /// How often the user came here from another stretch, since it has the table.
+    pub turns: u64,
+}
+
 impl Table {
-    /// Builds the view of `regions`, in any order.
-    ///
-    /// # Errors
-    ///
-    /// [`OverlapError`] if two regions overlap for the guest or for the front-end.
-    pub fn new(regions: Vec<Arc<Region>>) -> Result<Self, OverlapError> {
-        refuse_overlap(
-            "guest-physical",
-            regions.iter().map(|r| (r.spec.guest.0, r.spec.len)).collect(),
-        )?;
-        refuse_overlap(
-            "front-end",
-            regions.iter().map(|r| (r.spec.frontend.0, r.spec.len)).collect(),
-        )?;
-        let mut segments: Vec<Segment> = regions.iter().flat_map(|region| segments_of(region)).collect();
+    /// The view of `regions`, in any order, all bytes of which are in `extents`.
+    pub(crate) fn new(regions: Vec<RegionSpec>, mut extents: Vec<Arc<Extent>>) -> Self {
+        extents.sort_by_key(|extent| extent.file_range().start);
+        let mut segments: Vec<Segment> = regions
+            .iter()
+            .flat_map(|region| segments_of(region, &extents))
+            .collect();
         segments.sort_by_key(|segment| segment.first);
-        Ok(Self { segments, regions })
+        Self {
+            segments,
+            regions,
+            extents,
+        }
     }
 
-    /// The regions this view shows.
-    pub fn regions(&self) -> &[Arc<Region>] {
+    /// The regions this view shows, as announced.
+    pub fn regions(&self) -> &[RegionSpec] {
         &self.regions
+    }
+
+    /// What of the map the guest has.
+    pub fn extents(&self) -> &[Arc<Extent>] {
+        &self.extents
     }
 
     /// Whether a file of this memory was cut short so that bytes had to be replaced by zeroes: its guest cannot be
@@ -107,7 +136,7 @@ impl Table {
     /// piece, so a caller that needs all of them sees a short one and finds nothing when it asks on.
     #[inline]
     pub fn lookup(&self, hint: &mut TableHint, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
-        let mut segment = self.segments.get(hint.0).filter(|segment| segment.holds(start));
+        let mut segment = self.segments.get(hint.at).filter(|segment| segment.holds(start));
         if segment.is_none() {
             segment = self.find(hint, start);
         }
@@ -131,8 +160,66 @@ impl Table {
         let after = self.segments.partition_point(|segment| segment.first <= start.0);
         let index = after.checked_sub(1)?;
         let segment = self.segments.get(index).filter(|segment| segment.holds(start))?;
-        hint.0 = index;
+        if hint.turns.len() <= index {
+            hint.turns.resize(self.segments.len(), 0);
+        }
+        hint.at = index;
+        hint.turns[index] += 1;
         Some(segment)
+    }
+
+    /// Whether `len` bytes at `start` will be where they are, for the card too, once `next` is the table and what
+    /// leaves has left.
+    pub fn keeps(&self, next: &Self, leaving: &Leaving, start: GuestAddress, len: u32) -> bool {
+        let (mut here, mut there) = (TableHint::default(), TableHint::default());
+        let (mut at, mut rest) = (start, len);
+        while rest > 0 {
+            let Some(now) = self.lookup(&mut here, at, rest) else {
+                return false;
+            };
+            let Some(then) = next.lookup(&mut there, at, rest) else {
+                return false;
+            };
+            if now.iova != then.iova || leaving.has(now.iova) {
+                return false;
+            }
+            let same = u32::try_from(now.len().min(then.len())).unwrap_or(rest);
+            rest -= same;
+            let Some(next_at) = at.checked_add(same.into()) else {
+                return rest == 0;
+            };
+            at = next_at;
+        }
+        true
+    }
+
+    /// What a user of the table has to do with each stretch of it: buffers in flight at `held`, and the turns of `hint`.
+    /// Only stretches where there is something.
+    pub fn footprint(&self, hint: &TableHint, held: impl Iterator<Item = Iova>) -> Vec<Footprint> {
+        let mut counts = vec![0_u64; self.segments.len()];
+        let mut by_iova: Vec<(u64, u64, usize)> = self
+            .segments
+            .iter()
+            .enumerate()
+            .map(|(index, segment)| (segment.iova.raw(), segment.len, index))
+            .collect();
+        by_iova.sort_unstable();
+        for iova in held.map(Iova::raw) {
+            let after = by_iova.partition_point(|(start, ..)| *start <= iova);
+            let found = after.checked_sub(1).and_then(|before| by_iova.get(before));
+            if let Some((start, len, index)) = found
+                && iova - start < *len
+            {
+                counts[*index] += 1;
+            }
+        }
+        let segments = self.segments.iter().zip(counts).enumerate();
+        let seen = segments.map(|(index, (segment, held))| Footprint {
+            iova: segment.iova,
+            held,
+            turns: hint.turns.get(index).copied().unwrap_or(0),
+        });
+        seen.filter(|seen| seen.held + seen.turns > 0).collect()
     }
 
     /// The guest-physical address of a front-end address, as far as the table knows one.
@@ -140,9 +227,9 @@ impl Table {
         self.regions.iter().find_map(|region| {
             let skip = address
                 .0
-                .checked_sub(region.spec.frontend.0)
-                .filter(|skip| *skip < region.spec.len)?;
-            region.spec.guest.checked_add(skip)
+                .checked_sub(region.frontend.0)
+                .filter(|skip| *skip < region.len)?;
+            region.guest.checked_add(skip)
         })
     }
 
@@ -152,25 +239,22 @@ impl Table {
     /// region.
     pub fn host_range(&self, start: GuestAddress, len: usize) -> Option<HostRange> {
         let region = self.region_holding(start, len)?;
-        let skip = start.0 - region.spec.guest.0;
+        let skip = start.0 - region.guest.0;
         let segment = self.segments.iter().find(|segment| segment.holds(start))?;
         let in_segment = usize::try_from(start.0 - segment.first).ok()?;
         segment.host.sub(in_segment, len).or_else(|| {
             // Across a grid cell's border: a small mapping of its own joins what the cells keep apart.
-            let offset = region.spec.file_offset.checked_add(skip)?;
-            segment
-                .host
-                .and_of_file(&region.spec.file, offset, len as u64)
-                .ok()
+            let offset = region.file_offset.checked_add(skip)?;
+            segment.host.and_of_file(&region.file, offset, len as u64).ok()
         })
     }
 
-    fn region_holding(&self, start: GuestAddress, len: usize) -> Option<&Region> {
-        self.regions.iter().map(Arc::as_ref).find(|region| {
+    fn region_holding(&self, start: GuestAddress, len: usize) -> Option<&RegionSpec> {
+        self.regions.iter().find(|region| {
             start
                 .0
-                .checked_sub(region.spec.guest.0)
-                .is_some_and(|skip| skip < region.spec.len && len as u64 <= region.spec.len - skip)
+                .checked_sub(region.guest.0)
+                .is_some_and(|skip| skip < region.len && len as u64 <= region.len - skip)
         })
     }
 }
@@ -182,34 +266,54 @@ impl Segment {
     }
 }
 
-/// One segment for each piece, in order: together they show every byte of the region.
-fn segments_of(region: &Region) -> impl Iterator<Item = Segment> {
-    let start = region.spec.guest.0;
-    region.pieces.iter().scan(start, |next, piece| {
-        let (first, len) = (*next, piece.host.len() as u64);
-        *next = first.wrapping_add(len);
-        Some(Segment {
+/// The segments that show a region, one for each extent it lies in, in order: together they show every byte of it.
+fn segments_of<'a>(region: &'a RegionSpec, extents: &'a [Arc<Extent>]) -> impl Iterator<Item = Segment> + 'a {
+    let range = region.file_offset..region.file_offset + region.len;
+    let of_file = move |extent: &&'a Arc<Extent>| Arc::ptr_eq(extent.file(), &region.file);
+    let parts = extents
+        .iter()
+        .filter(of_file)
+        .filter_map(move |extent| extent.part(&range));
+    let mut next = region.guest.0;
+    parts.map(move |ExtentPart { iova, host }| {
+        let (first, len) = (next, host.len() as u64);
+        next = next.wrapping_add(len);
+        Segment {
             first,
             len,
-            iova: piece.iova,
-            host: piece.host.clone(),
-        })
+            iova,
+            host,
+        }
     })
 }
 
-fn refuse_overlap(space: &'static str, mut ranges: Vec<(u64, u64)>) -> Result<(), OverlapError> {
-    ranges.sort_unstable();
-    for pair in ranges.windows(2) {
-        let (first, len) = pair[0];
-        let (second, _) = pair[1];
-        if second - first < len {
-            return Err(OverlapError {
-                space,
-                first,
-                len,
-                second,
+/// Refuses regions that wrap, are empty, or overlap for the guest or for the front-end.
+pub(crate) fn refuse_overlap(regions: &[RegionSpec]) -> Result<(), MapError> {
+    for spec in regions {
+        let ends = [spec.guest.0, spec.frontend.0, spec.file_offset].map(|start| start.checked_add(spec.len));
+        if spec.len == 0 || ends.contains(&None) {
+            return Err(MapError::Wraps {
+                guest: spec.guest.0,
+                frontend: spec.frontend.0,
+                len: spec.len,
+                offset: spec.file_offset,
             });
         }
     }
+    let refuse = |space, start: fn(&RegionSpec) -> u64| {
+        let mut ranges: Vec<(u64, u64)> = regions.iter().map(|spec| (start(spec), spec.len)).collect();
+        ranges.sort_unstable();
+        let overlap = ranges.windows(2).find(|pair| pair[1].0 - pair[0].0 < pair[0].1);
+        overlap.map_or(Ok(()), |pair| {
+            Err(OverlapError {
+                space,
+                first: pair[0].0,
+                len: pair[0].1,
+                second: pair[1].0,
+            })
+        })
+    };
+    refuse("guest-physical", |spec| spec.guest.0)?;
+    refuse("front-end", |spec| spec.frontend.0)?;
     Ok(())
 }
