@@ -58,6 +58,11 @@ struct Guest {
 }
 
 impl Guest {
+    /// Has the worker pass over the tx lane, if it has it.
+    fn let_worker_send(&self) {
+        self.port.with_lane(1, |lane| lane.poll()).unwrap();
+    }
+
     fn send(&self, frame: &[u8]) {
         let mut tx = self.tx.lock().unwrap();
         tx.offer(frame, Layout::WithData, Form::Direct);
@@ -80,9 +85,7 @@ impl Occupant for Guest {
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         if let Some(frame) = self.last_moment.lock().unwrap().take() {
             self.send(&frame);
-            // The worker passes over its lanes between two commands.
-            self.port.with_lane(0, |_| ()).unwrap();
-            self.port.with_lane(0, |_| ()).unwrap();
+            self.let_worker_send();
         }
         for index in 0..self.port.queues() {
             self.port.stop_lane(index).unwrap();
@@ -397,19 +400,22 @@ fn the_host_asks_for_its_card_through_the_port() {
 fn a_lane_that_does_not_follow_the_link_is_given_nothing_until_the_device_was_reset() {
     let machine = Machine::with_a_card();
     machine.assert_sends(0, 1);
-    machine.card(0, |card| {
-        card.wedge(TX_QUEUE);
-        card.set_link(false);
-    });
-    *machine.guest.last_moment.lock().unwrap() = Some(frame(300, 2));
+    machine.card(0, |card| card.hang_tx(true));
+    machine.send(&frame(300, 2));
+    machine.guest.let_worker_send();
+    machine.card(0, |card| card.set_link(false));
+    *machine.guest.last_moment.lock().unwrap() = Some(frame(300, 3));
     machine.port.look_at_link();
     assert_eq!(machine.port.resets(), 1);
     machine.reclaim_all();
     assert_eq!(
         machine.lane(Direction::Tx).dropped[Drop::LinkDown as usize].get(),
-        1
+        2
     );
-    machine.card(0, |card| card.set_link(true));
+    machine.card(0, |card| {
+        card.hang_tx(false);
+        card.set_link(true);
+    });
     machine.plug_in_cable(0);
     machine.assert_sends(0, 3);
     machine.end();
