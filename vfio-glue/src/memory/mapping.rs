@@ -139,6 +139,11 @@ impl MemoryFile {
         Ok(offset - offset % page..last)
     }
 
+    /// Whether the kernel tells where the file has holes; on hugetlbfs it does not.
+    pub(super) fn tells_holes(&self) -> bool {
+        self.page == SMALL_PAGE
+    }
+
     /// The error for a range that cannot be had of this file.
     pub(crate) fn out_of_bounds(&self, offset: u64, len: u64) -> FileError {
         let page = self.page;
