@@ -59,6 +59,8 @@ struct Space {
     mapped: BTreeMap<u64, Mapping>,
     usable: Option<Vec<RangeInclusive<u64>>>,
     attached: Vec<DeviceAddress>,
+    /// Attaches so far, those that have left again included.
+    attaches: usize,
     most_mappings: Option<usize>,
     /// Whether each of the next calls fails; those after them do not.
     outcomes: VecDeque<bool>,
@@ -205,6 +207,11 @@ impl FakeKernel {
     pub fn fail_each(&self, fails: impl IntoIterator<Item = bool>) {
         let outcomes = fails.into_iter().collect();
         self.space(|space| space.outcomes = outcomes);
+    }
+
+    /// How often a device was let in.
+    pub fn attach_calls(&self) -> usize {
+        self.space(|space| space.attaches)
     }
 
     /// The devices that are in, in the order in which they came.
@@ -538,6 +545,7 @@ impl Iommu for FakeIommu {
         }
         machine.check_attach(self.0.space, device)?;
         machine.spaces[self.0.space].attached.push(device.clone());
+        machine.spaces[self.0.space].attaches += 1;
         Ok(Arc::clone(&machine.devices[&device.to_string()].function))
     }
 

@@ -58,6 +58,13 @@ impl LockedMemory {
     }
 }
 
+/// What the kernel has counted as this process's locked memory, and as pinned by it, in bytes: VmLck and VmPin of
+/// `/proc/self/status`. type1 adds to the first and iommufd to the second; 0 where the kernel does not tell.
+pub fn own_locked_bytes() -> (u64, u64) {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    (kib_of(&status, "VmLck:"), kib_of(&status, "VmPin:"))
+}
+
 /// What this process and the others hold, as (ours, theirs). What cannot be read counts as nothing: the kernel has
 /// the last word.
 fn counted(proc: &Path, own: &str, accounting: Accounting) -> (u64, u64) {

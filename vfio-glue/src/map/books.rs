@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
+use super::discards::PinnedFile;
 use super::extent::{Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
 use super::iova::{IovaAllocator, cautious_ranges};
@@ -26,6 +27,8 @@ pub(super) struct Books {
     /// All that is mapped, by IOVA.
     pub(super) records: BTreeMap<Iova, Record>,
     pub(super) devices: Vec<DeviceAddress>,
+    /// Extents mapped anew because pages were discarded behind them.
+    pub(super) discards: u64,
 }
 
 pub(super) struct Record {
@@ -201,8 +204,28 @@ impl Books {
             let extent = self.map_one(bus, file, add, owner, after)?;
             changed.extents.push(Arc::clone(&extent));
             changed.gained.push(extent);
+            self.discards += u64::from(add.why == WhyAdded::Replaces);
         }
         Ok(())
+    }
+
+    /// The files of `extents`, each with what the kernel has pinned of it. None while it pins nothing.
+    pub(super) fn pinned_with(&self, extents: &[Arc<Extent>]) -> Vec<PinnedFile> {
+        if !self.iommu.pins_now() {
+            return Vec::new();
+        }
+        let mut files: Vec<PinnedFile> = Vec::new();
+        for extent in extents.iter().filter(|extent| extent.is_fit()) {
+            match files.iter_mut().find(|file| file.is_of(extent)) {
+                Some(file) => file.of_guest.push(Arc::clone(extent)),
+                None => {
+                    let all = self.records.values().map(|record| &record.extent);
+                    let same = all.filter(|other| other.key.file == extent.key.file);
+                    files.push(PinnedFile::new(extent, same.map(|other| other.file_range())));
+                }
+            }
+        }
+        files
     }
 
     /// Maps all of a file of our own.

@@ -22,6 +22,7 @@ mod books;
 mod budget;
 mod change;
 mod device;
+mod discards;
 mod error;
 mod extent;
 mod files;
@@ -29,6 +30,8 @@ mod iova;
 #[cfg(test)]
 mod model;
 mod plan;
+#[cfg(test)]
+mod rules;
 mod snapshot;
 
 use std::collections::BTreeMap;
@@ -47,6 +50,7 @@ use self::books::{AcquireError, Books, Changed, WantedPages};
 use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
 use self::plan::Wanted;
+use self::snapshot::pinned_bytes;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind};
 use crate::memory::{MemoryFile, RegionSpec, Table, refuse_overlap};
@@ -78,6 +82,7 @@ impl MemoryMap {
                 files: Files::default(),
                 records: BTreeMap::new(),
                 devices: Vec::new(),
+                discards: 0,
             }),
         })
     }
@@ -228,6 +233,23 @@ impl MemoryMap {
         Ok(detached?)
     }
 
+    /// Looks for memory of a guest that was taken out of its file while it is pinned, as a balloon, free page reporting
+    /// and virtio-mem do, and returns how many bytes were found missing (TRAPS 21, 22). The table
+    /// [says so](Table::has_discarded) then, and the next [`change`](Self::change) of this guest's memory, to the same if
+    /// need be, maps anew what showed them.
+    ///
+    /// What was discarded and touched again since cannot be seen. Without pins there is nothing to find. Costs system
+    /// calls, and does not touch the memory.
+    pub fn find_discarded(&self, table: &Table) -> u64 {
+        // The kernel is asked without the books: it may have much to look through.
+        let pinned = self.books().pinned_with(table.extents());
+        let mut missing = 0;
+        for file in pinned {
+            missing += file.look();
+        }
+        missing
+    }
+
     /// What is in the map now, in order of IOVA.
     pub fn snapshot(&self) -> MapSnapshot {
         let books = self.books();
@@ -242,7 +264,12 @@ impl MemoryMap {
             iommu: self.kind,
             usable: books.iovas.usable().to_vec(),
             mapped_bytes,
-            pinned_bytes: if books.iommu.pins_now() { mapped_bytes } else { 0 },
+            pinned_bytes: if books.iommu.pins_now() {
+                pinned_bytes(books.records.values(), books.iommu.as_ref())
+            } else {
+                0
+            },
+            discards: books.discards,
             devices: books.devices.clone(),
             extents,
         }

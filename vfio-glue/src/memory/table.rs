@@ -130,6 +130,12 @@ impl Table {
         self.segments.iter().any(|segment| segment.host.lost_memory())
     }
 
+    /// Whether pages of this memory were found to have been discarded behind a pin
+    /// ([`find_discarded`](crate::map::MemoryMap::find_discarded)), so that devices see others than the guest.
+    pub fn has_discarded(&self) -> bool {
+        self.extents.iter().any(|extent| extent.is_discarded())
+    }
+
     /// Finds the bytes the guest calls `start`, as many of `len` as are contiguous; ask again for the rest.
     ///
     /// `None` if `start` is in no region or `len` is 0. Bytes past the region's end are simply not in the
