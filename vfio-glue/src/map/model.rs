@@ -321,6 +321,13 @@ impl Bench {
             }
             Outcome::Finished => {
                 let next = Arc::clone(change.table());
+                // Lanes have let go of what leaves, and may use the rest from now on.
+                for extent in before.extents() {
+                    self.kernel.release(extent.iova(), extent.len());
+                }
+                for extent in next.extents() {
+                    self.kernel.hold(extent.iova(), extent.len());
+                }
                 let _ = change.finish();
                 self.guests[guest].table = next;
                 self.guests[guest].regions = regions.to_vec();
@@ -431,6 +438,7 @@ impl Bench {
             "the books' devices are the kernel's"
         );
 
+        assert_eq!(self.kernel.violations(), Vec::<String>::new());
         let bus = self.map.software_bus();
         for (index, guest) in self.guests.iter().enumerate() {
             self.check_guest(index, guest);
