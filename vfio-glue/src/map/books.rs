@@ -3,7 +3,7 @@
 //! Every change either happens as a whole or leaves the books, the IOMMU and the software bus as they were. A range
 //! whose unmap failed is the one exception, and the books know it for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::sync::Arc;
 
@@ -135,8 +135,9 @@ impl Books {
         let mut changed = Changed::default();
         match self.carry_out(bus, owner, &plan, wanted, &mut changed) {
             Ok(()) => {
-                let dropped = |extent: &&Arc<Extent>| plan.drop.iter().any(|gone| gone.iova == extent.iova);
-                changed.dropped = now.iter().filter(dropped).cloned().collect();
+                let gone: HashSet<Iova> = plan.drop.iter().map(|gone| gone.iova).collect();
+                let dropped = now.iter().filter(|extent| gone.contains(&extent.iova));
+                changed.dropped = dropped.cloned().collect();
                 Ok(changed)
             }
             Err(error) => {
@@ -147,19 +148,17 @@ impl Books {
     }
 
     fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages]) -> Plan {
-        let is_now = |record: &Record| now.iter().any(|extent| Arc::ptr_eq(extent, &record.extent));
-        let is_wanted = |record: &Record| {
-            let file = record.extent.key.file;
-            wanted.iter().any(|pages| pages.wanted.file == file)
-        };
+        let now: HashSet<Iova> = now.iter().map(|extent| extent.iova).collect();
+        let files: HashSet<FileId> = wanted.iter().map(|pages| pages.wanted.file).collect();
         let of_interest = self.records.values().filter_map(|record| {
-            let owned = is_now(record);
+            let (iova, file) = (record.extent.iova, record.extent.key.file);
+            let owned = now.contains(&iova);
             // One that could not be unmapped is nobody's, and nobody is given it again.
-            let usable = owned || (!record.owners.is_empty() && is_wanted(record));
+            let usable = owned || (!record.owners.is_empty() && files.contains(&file));
             usable.then(|| Mapped {
-                iova: record.extent.iova,
-                file: record.extent.key.file,
-                range: record.extent.key.offset..record.extent.key.offset + record.extent.key.len,
+                iova,
+                file,
+                range: record.extent.file_range(),
                 owned,
                 fit: record.extent.is_fit(),
             })
@@ -181,10 +180,17 @@ impl Books {
         wanted: &[WantedPages],
         changed: &mut Changed,
     ) -> Result<(), AcquireError> {
+        // Where the card finds what comes right behind an extent, if that is free.
+        let mut behind: HashMap<(FileId, u64), u64> = HashMap::new();
+        let end_of = |extent: &Extent| {
+            let key = (extent.key.file, extent.file_range().end);
+            (key, extent.iova.raw() + extent.len())
+        };
         for kept in &plan.keep {
             let Some(record) = self.records.get_mut(&kept.iova) else {
                 continue;
             };
+            behind.extend([end_of(&record.extent)]);
             changed.extents.push(Arc::clone(&record.extent));
             if kept.why == WhyKept::Shared {
                 record.owners.push(owner.to_owned());
@@ -197,11 +203,9 @@ impl Books {
                 continue;
             };
             // Next to the bytes before it where that can be: contiguous for the card as they are in the file.
-            let before = changed.extents.iter().find(|extent| {
-                extent.key.file == add.file && extent.key.offset + extent.key.len == add.range.start
-            });
-            let after = before.map(|extent| extent.iova.raw() + extent.len());
+            let after = behind.get(&(add.file, add.range.start)).copied();
             let extent = self.map_one(bus, file, add, owner, after)?;
+            behind.extend([end_of(&extent)]);
             changed.extents.push(Arc::clone(&extent));
             changed.gained.push(extent);
             self.discards += u64::from(add.why == WhyAdded::Replaces);
