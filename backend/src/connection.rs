@@ -33,6 +33,9 @@ const STEP: Duration = Duration::from_millis(1);
 const REGION_BOUND: Duration = Duration::from_millis(200);
 /// How often to look whether announced memory is still there.
 const MEMORY_BEAT: Duration = Duration::from_secs(2);
+/// How often to look whether memory was discarded behind the card's back. Looking costs system calls in proportion to
+/// the guest's memory.
+const DISCARD_BEAT: Duration = Duration::from_secs(10);
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
@@ -65,7 +68,19 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
         Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
+    let mut last_look = Instant::now();
     loop {
+        if last_look.elapsed() >= DISCARD_BEAT {
+            last_look = Instant::now();
+            if let Err(error) = session.renew_discarded() {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(
+                    port = session.port().name(),
+                    error,
+                    "discarded memory is not mapped anew"
+                );
+            }
+        }
         let in_motion = session.regions_in_motion();
         let patience = if in_motion { REGION_BOUND } else { MEMORY_BEAT };
         match stop.wait(Some(peek.as_fd()), Some(patience)) {

@@ -108,6 +108,9 @@ struct State {
     link: Link,
     /// By virtqueue index.
     running: Vec<Option<Seat>>,
+    /// Lanes that did not follow the link, by virtqueue index: no worker has them, so that nothing more is given to a
+    /// queue in that state. They wait to be stopped.
+    astray: Vec<(usize, Box<dyn Lane>)>,
     connected: bool,
     /// Who has the port, to be told when its device needs a reset.
     occupant: Weak<dyn Occupant>,
@@ -204,6 +207,7 @@ impl Port {
                 device,
                 link,
                 running: vec![None; queues],
+                astray: Vec::new(),
                 connected: false,
                 occupant: Weak::<Vacant>::new(),
                 stuck: Vec::new(),
@@ -321,11 +325,15 @@ impl Port {
     /// [`WorkerGone`].
     pub fn stop_lane(&self, index: usize) -> Result<Option<u16>, WorkerGone> {
         let mut state = self.state();
-        let Some(seat) = state.running.get_mut(index).and_then(Option::take) else {
-            return Ok(None);
-        };
+        let seat = state.running.get_mut(index).and_then(Option::take);
         self.show(&state);
-        let Some(lane) = seat.worker.remove(seat.id)? else {
+        let astray = state.astray.iter().position(|(lane, _)| *lane == index);
+        let lane = match (seat, astray) {
+            (Some(seat), _) => seat.worker.remove(seat.id)?,
+            (None, Some(at)) => Some(state.astray.swap_remove(at).1),
+            (None, None) => None,
+        };
+        let Some(lane) = lane else {
             return Ok(None);
         };
         let Stopped { first_unused, card } = lane.stop();
@@ -439,7 +447,7 @@ impl Port {
             let mut once = || {
                 let mut state = self.state();
                 // The front-end that was asked may have gone meanwhile, and another come.
-                if state.running.iter().any(Option::is_some) {
+                if state.running.iter().any(Option::is_some) || !state.astray.is_empty() {
                     return Lanes::Run;
                 }
                 let worked = work(&mut state);
@@ -529,7 +537,6 @@ impl Port {
             return;
         }
         state.link = link;
-        self.show(&state);
         match link {
             Link::Up { mbps } => tracing::info!(port = self.name, mbps, "link is up"),
             Link::Down => tracing::warn!(
@@ -548,6 +555,8 @@ impl Port {
                 Err(error) => tracing::error!(port = self.name, %error, "a lane did not follow the link"),
             }
         }
+        // Not before: who has seen it down may count on what a lane does then.
+        self.show(&state);
         drop(state);
         if needs_reset && let Err(error) = self.renew() {
             let error: &dyn std::error::Error = &error;
@@ -567,12 +576,18 @@ impl Port {
         let Some((mut lane, patience)) = seat.worker.take(seat.id)? else {
             return Ok(());
         };
-        let told = lane.set_link(up);
+        if let Err(error) = lane.set_link(up) {
+            state.astray.push((index, lane));
+            if let Some(slot) = state.running.get_mut(index) {
+                *slot = None;
+            }
+            return Err(error.into());
+        }
         let id = seat.worker.add(lane, patience)?;
         if let Some(slot) = state.running.get_mut(index) {
             *slot = Some(Seat { id, ..seat });
         }
-        Ok(told?)
+        Ok(())
     }
 
     fn show(&self, state: &State) {

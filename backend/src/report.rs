@@ -6,6 +6,7 @@ use std::sync::Arc;
 use queues::lane::{Bounce, Counter, Drop, LaneStats};
 use queues::nic::Link;
 use serde::Serialize;
+use vfio_glue::iommu::own_locked_bytes;
 use vfio_glue::map::{ExtentSnapshot, MapSnapshot, MemoryMap};
 use vfio_glue::memory::{Footprint, Table, TableHint};
 
@@ -18,6 +19,17 @@ pub struct Report {
     pub ports: Vec<PortReport>,
     /// Every map.
     pub maps: Vec<MapReport>,
+    /// The process.
+    pub process: ProcessReport,
+}
+
+/// The process as the kernel sees it.
+#[derive(Debug, Serialize)]
+pub struct ProcessReport {
+    /// Bytes the kernel counts as locked: what type1 pins.
+    pub vm_lck_bytes: u64,
+    /// Bytes the kernel counts as pinned: what iommufd pins.
+    pub vm_pin_bytes: u64,
 }
 
 /// A port.
@@ -127,6 +139,8 @@ pub struct MapReport {
     pub mapped_bytes: u64,
     /// Bytes pinned.
     pub pinned_bytes: u64,
+    /// Extents mapped anew because pages had been discarded behind them.
+    pub discards: u64,
     /// Its devices.
     pub devices: Vec<String>,
     /// What is mapped.
@@ -144,6 +158,8 @@ pub struct ExtentReport {
     pub file: String,
     /// Where it starts there, in bytes.
     pub file_offset: u64,
+    /// How many of its bytes the IOMMU can translate by pages of which size.
+    pub page_sizes: BTreeMap<String, u64>,
     /// How the IOMMU got it.
     pub by: &'static str,
     /// Who asked for it.
@@ -156,6 +172,17 @@ impl Report {
         Self {
             ports: ports.iter().map(|port| PortReport::of(port)).collect(),
             maps: maps.iter().map(|map| MapReport::of(map.snapshot())).collect(),
+            process: ProcessReport::now(),
+        }
+    }
+}
+
+impl ProcessReport {
+    fn now() -> Self {
+        let (vm_lck_bytes, vm_pin_bytes) = own_locked_bytes();
+        Self {
+            vm_lck_bytes,
+            vm_pin_bytes,
         }
     }
 }
@@ -240,6 +267,15 @@ fn regions_of(table: &Table) -> Vec<RegionReport> {
         .collect()
 }
 
+/// A page size as it is usually written: `4K`, `2M`, `1G`.
+fn page_name(bytes: u64) -> String {
+    match bytes {
+        _ if bytes.is_multiple_of(1 << 30) => format!("{}G", bytes >> 30),
+        _ if bytes.is_multiple_of(1 << 20) => format!("{}M", bytes >> 20),
+        _ => format!("{}K", bytes >> 10),
+    }
+}
+
 /// Only the reasons that occurred.
 fn counted<'a>(reasons: impl Iterator<Item = (&'static str, &'a Counter)>) -> BTreeMap<&'static str, u64> {
     reasons
@@ -260,6 +296,7 @@ impl MapReport {
                 .collect(),
             mapped_bytes: map.mapped_bytes,
             pinned_bytes: map.pinned_bytes,
+            discards: map.discards,
             devices: map.devices.iter().map(ToString::to_string).collect(),
             extents: map.extents.into_iter().map(ExtentReport::of).collect(),
         }
@@ -273,6 +310,7 @@ impl ExtentReport {
             len: extent.len,
             file: extent.file,
             file_offset: extent.file_offset,
+            page_sizes: BTreeMap::from([(page_name(extent.page_bytes), extent.len)]),
             by: extent.by.as_str(),
             owners: extent.owners,
         }

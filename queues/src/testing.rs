@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
 use vfio_glue::iommu::software::SoftwareIommu;
-use vfio_glue::map::MemoryMap;
+use vfio_glue::map::{Change, MemoryMap};
 use vfio_glue::memory::{RegionSpec, Table, TableHint, VirtqMemory};
 
 use crate::lane::{LaneSetup, LaneStats, MissingMemory};
@@ -172,6 +172,13 @@ impl Guest {
             link_up: true,
             missing_memory: MissingMemory::IsBroken,
         }
+    }
+
+    /// A change that takes the upper addresses from the guest, begun.
+    pub(crate) fn losing_the_second_region(&self) -> Change {
+        let mut wanted = self.table.regions().to_vec();
+        wanted.retain(|region| region.guest != GuestAddress(SECOND));
+        self.map.change("vm0", &self.table, wanted).unwrap()
     }
 
     /// Takes all IOVA space, so that nothing more can be mapped.

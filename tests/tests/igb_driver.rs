@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use queues::lane::{Drop, Lane, LaneStats, Progress};
+use queues::lane::{Adoption, Drop, Lane, LaneStats, Progress};
 use queues::nic::{Link, Nic, NicError};
 use tests::bench::{Bench, MAC, RX_ARENA, TX_ARENA};
 use tests::card::{Direction, Options, Quirks, RingName};
@@ -316,6 +316,87 @@ fn a_queue_that_will_not_stop_says_so_in_bounded_time_and_a_reset_ends_its_dma()
     run(side.lane.as_mut());
     assert_eq!(side.last_frame(), Some(frame(300, 3)));
     side.end();
+}
+
+/// The steps of a change that takes memory away, on the clock: map, ask the lane, drain it, reset if that fails, unmap.
+/// Nothing is unmapped before the card's DMA is over, and each wait has its bound (TRAPS 16).
+#[test]
+fn r3_a_drain_is_bounded_on_the_clock_and_nothing_is_unmapped_before_it_is_over() {
+    for (wedged, drain_ms, reset_ms) in [(false, 10, 0), (true, 10, 250)] {
+        let mut side = RxSide::new(SILICON, 64);
+        side.offer(10, 1536, Layout::WithData);
+        if wedged {
+            side.bench.card().wedge(RingName {
+                direction: Direction::Rx,
+                queue: 0,
+            });
+        }
+        let RxSide {
+            mut bench, mut lane, ..
+        } = side;
+        let mapped = bench.kernel.mapped();
+        let change = bench.map.change("vm0", &bench.table, Vec::new()).unwrap();
+        assert_eq!(
+            lane.adopt(change.table().clone(), change.leaving()),
+            Adoption::InUse
+        );
+
+        let begun = bench.waited();
+        let stopped = lane.stop();
+        assert!(bench.waited() - begun <= Duration::from_millis(drain_ms));
+        assert_eq!(stopped.card.is_err(), wedged);
+        assert_eq!(bench.kernel.mapped(), mapped, "not before it is drained");
+        if wedged {
+            let begun = bench.waited();
+            bench.nic.reset().unwrap();
+            let took = bench.waited() - begun;
+            assert!(took <= Duration::from_millis(reset_ms), "{took:?}");
+        }
+        assert_eq!(bench.kernel.mapped(), mapped, "not before the reset is over");
+        change.finish().unwrap();
+        drop(stopped);
+        assert!(
+            bench
+                .map
+                .snapshot()
+                .extents
+                .iter()
+                .all(|extent| extent.file.contains("vuv-rings"))
+        );
+        bench.wait_for_link();
+        for n in 0..20 {
+            bench.card().receive_from_wire(&frame(1514, n));
+        }
+        bench.card().violations().assert_clean();
+    }
+}
+
+/// Transmit as well: it is given time to send what it has, and no longer.
+#[test]
+fn r3_a_transmit_lane_that_hangs_is_drained_within_its_bound() {
+    let mut side = TxSide::new(SILICON);
+    side.bench.card().hang_tx(true);
+    side.send(&frame(100, 0), Layout::WithData, Form::Direct);
+    let TxSide {
+        mut bench, mut lane, ..
+    } = side;
+    let change = bench.map.change("vm0", &bench.table, Vec::new()).unwrap();
+    assert_eq!(
+        lane.adopt(change.table().clone(), change.leaving()),
+        Adoption::InUse
+    );
+    let begun = bench.waited();
+    let stopped = lane.stop();
+    let took = bench.waited() - begun;
+    assert!(took <= Duration::from_millis(20 + 10), "{took:?}");
+    if stopped.card.is_err() {
+        bench.nic.reset().unwrap();
+    }
+    change.finish().unwrap();
+    drop(stopped);
+    bench.card().hang_tx(false);
+    bench.card().advance(Duration::from_millis(100));
+    bench.card().violations().assert_clean();
 }
 
 #[test]

@@ -52,9 +52,23 @@ struct Guest {
     bench: Mutex<Bench>,
     port: Arc<Port>,
     places: [RingPlace; 2],
+    tx: Mutex<Tx>,
+    /// A frame to send while the lanes are about to be stopped.
+    last_moment: Mutex<Option<Vec<u8>>>,
 }
 
 impl Guest {
+    /// Has the worker pass over the tx lane, if it has it.
+    fn let_worker_send(&self) {
+        self.port.with_lane(1, |lane| lane.poll()).unwrap();
+    }
+
+    fn send(&self, frame: &[u8]) {
+        let mut tx = self.tx.lock().unwrap();
+        tx.offer(frame, Layout::WithData, Form::Direct);
+        tx.queue.submit();
+    }
+
     fn start_lanes(&self) {
         let bench = self.bench.lock().unwrap();
         for (index, place) in self.places.iter().enumerate() {
@@ -69,6 +83,10 @@ impl Guest {
 
 impl Occupant for Guest {
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
+        if let Some(frame) = self.last_moment.lock().unwrap().take() {
+            self.send(&frame);
+            self.let_worker_send();
+        }
         for index in 0..self.port.queues() {
             self.port.stop_lane(index).unwrap();
         }
@@ -84,7 +102,6 @@ struct Machine {
     port: Arc<Port>,
     slots: [Slot; 2],
     rx: Rx,
-    tx: Tx,
 }
 
 impl Machine {
@@ -103,6 +120,8 @@ impl Machine {
             bench: Mutex::new(bench),
             port: Arc::clone(&port),
             places,
+            tx: Mutex::new(tx),
+            last_moment: Mutex::default(),
         });
         let occupant: Arc<dyn Occupant> = guest.clone();
         port.occupy(Arc::downgrade(&occupant));
@@ -112,7 +131,6 @@ impl Machine {
             port,
             slots,
             rx,
-            tx,
         }
     }
 
@@ -137,13 +155,12 @@ impl Machine {
         self.port.stats(usize::from(direction == Direction::Tx)).unwrap()
     }
 
-    fn send(&mut self, frame: &[u8]) {
-        self.tx.offer(frame, Layout::WithData, Form::Direct);
-        self.tx.queue.submit();
+    fn send(&self, frame: &[u8]) {
+        self.guest.send(frame);
     }
 
     /// Sends a frame through the card in `slot` and sees it on its wire.
-    fn assert_sends(&mut self, slot: usize, seed: u8) {
+    fn assert_sends(&self, slot: usize, seed: u8) {
         let sent = Arc::clone(&self.slots[slot].sent);
         let frame = frame(300, seed);
         self.send(&frame);
@@ -170,8 +187,8 @@ impl Machine {
     }
 
     /// Waits until everything sent has come back to the guest.
-    fn reclaim_all(&mut self) {
-        let tx = &mut self.tx;
+    fn reclaim_all(&self) {
+        let mut tx = self.guest.tx.lock().unwrap();
         wait_until("what was sent comes back", || {
             tx.reclaim();
             tx.queue.outstanding() == 0
@@ -206,7 +223,7 @@ impl Machine {
             self.port.stop_lane(index).unwrap();
         }
         self.rx.check();
-        self.tx.check();
+        self.guest.tx.lock().unwrap().check();
         (0..self.slots.len()).for_each(|slot| self.card(slot, |card| card.violations().assert_clean()));
         self.guest
             .bench
@@ -269,7 +286,7 @@ fn a_device_leaves_and_another_comes_under_a_guest_that_stays() {
 
 #[test]
 fn a_device_with_a_stuck_queue_is_reset_before_it_goes() {
-    let mut machine = Machine::with_a_card();
+    let machine = Machine::with_a_card();
     machine.assert_sends(0, 1);
     machine.card(0, |card| card.wedge(TX_QUEUE));
     machine.port.set_device(Box::new(Absent::default())).unwrap();
@@ -282,7 +299,7 @@ fn a_device_with_a_stuck_queue_is_reset_before_it_goes() {
 
 #[test]
 fn a_device_that_neither_stops_nor_resets_stays_and_so_does_its_memory() {
-    let mut machine = Machine::with_a_card();
+    let machine = Machine::with_a_card();
     machine.assert_sends(0, 1);
     machine.card(0, |card| card.wedge(TX_QUEUE));
     let host = Arc::clone(&machine.slots[0].host);
@@ -314,7 +331,7 @@ fn a_device_that_neither_stops_nor_resets_stays_and_so_does_its_memory() {
 
 #[test]
 fn a_card_that_has_vanished_can_be_taken_from_its_port() {
-    let mut machine = Machine::with_a_card();
+    let machine = Machine::with_a_card();
     machine.assert_sends(0, 1);
     machine.card(0, |card| card.set_removed(true));
     machine.slots[0].host.cannot_reset.store(true, Ordering::Relaxed);
@@ -376,5 +393,30 @@ fn the_host_asks_for_its_card_through_the_port() {
     assert_eq!(poll(&mut [PollFd::new(&event, PollFlags::IN)], None), Ok(1));
     machine.port.set_device(Box::new(Absent::default())).unwrap();
     assert!(machine.port.host_event(HostEvent::Release).is_none());
+    machine.end();
+}
+
+#[test]
+fn a_lane_that_does_not_follow_the_link_is_given_nothing_until_the_device_was_reset() {
+    let machine = Machine::with_a_card();
+    machine.assert_sends(0, 1);
+    machine.card(0, |card| card.hang_tx(true));
+    machine.send(&frame(300, 2));
+    machine.guest.let_worker_send();
+    machine.card(0, |card| card.set_link(false));
+    *machine.guest.last_moment.lock().unwrap() = Some(frame(300, 3));
+    machine.port.look_at_link();
+    assert_eq!(machine.port.resets(), 1);
+    machine.reclaim_all();
+    assert_eq!(
+        machine.lane(Direction::Tx).dropped[Drop::LinkDown as usize].get(),
+        2
+    );
+    machine.card(0, |card| {
+        card.hang_tx(false);
+        card.set_link(true);
+    });
+    machine.plug_in_cable(0);
+    machine.assert_sends(0, 3);
     machine.end();
 }

@@ -55,6 +55,8 @@ ioctl_io_nr!(
 );
 ioctl_io_nr!(IOMMU_IOAS_MAP, IOMMUFD, iommufd::IOMMUFD_CMD_IOAS_MAP);
 ioctl_io_nr!(IOMMU_IOAS_MAP_FILE, IOMMUFD, iommufd::IOMMUFD_CMD_IOAS_MAP_FILE);
+ioctl_io_nr!(IOMMU_DESTROY, IOMMUFD, iommufd::IOMMUFD_CMD_DESTROY);
+ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD, iommufd::IOMMUFD_CMD_IOAS_COPY);
 ioctl_io_nr!(IOMMU_IOAS_UNMAP, IOMMUFD, iommufd::IOMMUFD_CMD_IOAS_UNMAP);
 
 /// The size of a kernel structure, for the field that tells the kernel.
@@ -140,8 +142,19 @@ pub(crate) fn ioas_alloc(iommufd: impl AsFd) -> io::Result<u32> {
     Ok(alloc.out_ioas_id)
 }
 
-/// The ranges of IOVA the IOAS takes now, sorted.
-pub(crate) fn ioas_iova_ranges(iommufd: impl AsFd, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
+/// Destroys an IOAS nobody is on.
+pub(crate) fn ioas_destroy(iommufd: impl AsFd, ioas: u32) -> io::Result<()> {
+    let mut destroy = iommufd::iommu_destroy {
+        size: size_of_u32::<iommufd::iommu_destroy>(),
+        id: ioas,
+    };
+    // SAFETY: DESTROY takes this structure, which holds no address.
+    unsafe { call(iommufd, IOMMU_DESTROY(), &mut destroy) }?;
+    Ok(())
+}
+
+/// The ranges of IOVA the IOAS takes now, sorted, and what their ends must be multiples of, in bytes.
+pub(crate) fn ioas_iova_ranges(iommufd: impl AsFd, ioas: u32) -> io::Result<(Vec<RangeInclusive<u64>>, u64)> {
     let fd = iommufd.as_fd();
     let mut ranges: Vec<iommufd::iommu_iova_range> = Vec::new();
     // The kernel says how many there are when the array is too short. A device that attaches meanwhile may add
@@ -161,7 +174,8 @@ pub(crate) fn ioas_iova_ranges(iommufd: impl AsFd, ioas: u32) -> io::Result<Vec<
         match asked {
             Ok(_) if count <= ranges.len() => {
                 ranges.truncate(count);
-                return Ok(ranges.iter().map(|range| range.start..=range.last).collect());
+                let ranges = ranges.iter().map(|range| range.start..=range.last).collect();
+                return Ok((ranges, query.out_iova_alignment));
             }
             Err(error) if error.raw_os_error() != Some(libc::EMSGSIZE) => return Err(error),
             _ => ranges.resize(count, iommufd::iommu_iova_range::default()),
@@ -229,6 +243,22 @@ pub(crate) fn ioas_map(
     // SAFETY: IOAS_MAP takes this structure. Devices may write the range from now on; it is a live `HostRange`,
     // which the guest writes at any time anyway and to which no Rust reference exists.
     unsafe { call(iommufd, IOMMU_IOAS_MAP(), &mut map) }?;
+    Ok(())
+}
+
+/// Maps `len` bytes that are mapped at `from` already, inside one mapping, at `to` as well. They stay pinned once.
+pub(crate) fn ioas_copy(iommufd: impl AsFd, ioas: u32, from: Iova, to: Iova, len: u64) -> io::Result<()> {
+    let mut copy = iommufd::iommu_ioas_copy {
+        size: size_of_u32::<iommufd::iommu_ioas_copy>(),
+        flags: IOAS_MAP_FLAGS,
+        dst_ioas_id: ioas,
+        src_ioas_id: ioas,
+        length: len,
+        dst_iova: to.raw(),
+        src_iova: from.raw(),
+    };
+    // SAFETY: IOAS_COPY takes this structure. It names memory by where devices reach it already.
+    unsafe { call(iommufd, IOMMU_IOAS_COPY(), &mut copy) }?;
     Ok(())
 }
 
@@ -464,6 +494,8 @@ mod tests {
         // _IO(';', 100 + 13) and _IO(';', 0x8f).
         assert_eq!(VFIO_IOMMU_MAP_DMA(), 0x3b71);
         assert_eq!(IOMMU_IOAS_MAP_FILE(), 0x3b8f);
+        assert_eq!(IOMMU_IOAS_COPY(), 0x3b83);
+        assert_eq!(IOMMU_DESTROY(), 0x3b80);
         assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
     }
 

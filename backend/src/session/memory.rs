@@ -60,6 +60,30 @@ impl Session {
         }
     }
 
+    /// Looks whether memory was taken from the guest behind our back, by a balloon for instance, and maps anew what the
+    /// card would see otherwise than the guest (TRAPS 21). Returns how many bytes were found missing.
+    ///
+    /// # Errors
+    ///
+    /// As for any change of memory; what was found is mapped anew with the next one then.
+    pub fn renew_discarded(&self) -> Result<u64, SessionError> {
+        let mut state = self.state();
+        let missing = self.port.map().find_discarded(&state.table);
+        if state.table.has_discarded() {
+            if self.is_worth_a_line() {
+                tracing::warn!(
+                    port = self.port.name(),
+                    missing,
+                    "memory of the guest was discarded while it was pinned (a balloon, free page reporting or virtio-mem): \
+                     it is mapped anew; what came in or went out meanwhile may have missed the guest"
+                );
+            }
+            let wanted = state.table.regions().to_vec();
+            self.change_memory(&mut state, wanted)?;
+        }
+        Ok(missing)
+    }
+
     /// Brings every lane that runs to the new table, or stops it.
     fn drain(&self, state: &mut State, change: &Change) -> Result<(), SessionError> {
         for index in 0..state.vrings.len() {

@@ -467,7 +467,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::lane::{Lane, MissingMemory};
+    use crate::lane::{Adoption, Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, SECOND, WRITE, Wire, receive};
 
     const BUFFER: u64 = BASE + BUFFERS;
@@ -717,6 +717,93 @@ mod tests {
         assert_eq!(bench.posted().len(), 1);
         bench.lane.set_missing_memory(MissingMemory::IsBroken);
         assert_eq!(bench.lane.poll(), Progress::Retired);
+    }
+
+    #[test]
+    fn trap_16_a_table_without_memory_that_the_card_writes_to_is_not_adopted() {
+        type Buffers = &'static [(u64, u32)];
+        let cases: [(&str, Buffers, Adoption); 6] = [
+            ("all of it stays", &[(BUFFER, 1530)], Adoption::Adopted),
+            ("all of it goes", &[(SECOND + 64, 1530)], Adoption::InUse),
+            (
+                "the frame goes, not the header",
+                &[(BUFFER, 12), (SECOND + 64, 1518)],
+                Adoption::InUse,
+            ),
+            (
+                "the header goes, not the frame",
+                &[(SECOND + 64, 12), (BUFFER, 1518)],
+                Adoption::InUse,
+            ),
+            (
+                "half of the header goes",
+                &[(SECOND + 64, 5), (BUFFER, 1530)],
+                Adoption::InUse,
+            ),
+            (
+                "copied, a part of it goes",
+                &[(SECOND - 100, 1600)],
+                Adoption::InUse,
+            ),
+        ];
+        for (what, buffers, expected) in cases {
+            let mut bench = Bench::of_size(8);
+            bench.offer(0, buffers);
+            bench.poll_until_posted(1);
+            let change = bench.guest.losing_the_second_region();
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(adopted, expected, "{what}");
+            bench.receive(&frame(60));
+            bench.lane.poll();
+            assert_eq!(bench.guest.used(), vec![(0, 72)], "{what}: it goes on either way");
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(
+                adopted,
+                Adoption::Adopted,
+                "{what}: the card has nothing any more"
+            );
+            change.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_table_in_which_the_same_bytes_moved_is_not_adopted_while_the_card_has_them() {
+        let mut bench = Bench::of_size(8);
+        bench.offer(0, &[(SECOND + 64, 1530)]);
+        bench.lane.poll();
+        // Half of the region goes; the other half, with the buffer, is mapped anew.
+        let mut wanted = bench.guest.table.regions().to_vec();
+        for region in &mut wanted {
+            if region.guest == GuestAddress(SECOND) {
+                region.len /= 2;
+            }
+        }
+        let change = bench.guest.map.change("vm0", &bench.guest.table, wanted).unwrap();
+        let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+        assert_eq!(adopted, Adoption::InUse);
+        change.undo();
+        bench.receive(&frame(60));
+        bench.lane.poll();
+        assert_eq!(bench.guest.used(), vec![(0, 72)], "undone, it is where it was");
+    }
+
+    #[test]
+    fn the_footprint_tells_where_the_cards_buffers_are_and_where_the_lane_has_been() {
+        let mut bench = Bench::of_size(8);
+        for (head, at) in [(0, BUFFER), (1, SECOND + 64), (2, SECOND + 4096)] {
+            bench.offer(head, &[(at, 1530)]);
+        }
+        bench.lane.poll();
+        let seen = bench.lane.footprint();
+        let of = |at: u64| {
+            *seen
+                .iter()
+                .find(|place| place.iova == bench.guest.iova(at))
+                .unwrap()
+        };
+        assert_eq!((of(BASE).held, of(SECOND).held), (1, 2));
+        assert_eq!(of(SECOND).turns, 1);
+        assert!(of(BASE).turns >= 1);
     }
 
     #[test]

@@ -434,7 +434,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::lane::{Lane, MissingMemory};
+    use crate::lane::{Adoption, Lane, MissingMemory};
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, INDIRECT, SECOND, WRITE, Wire};
 
     const BUFFER: u64 = BASE + BUFFERS;
@@ -534,6 +534,68 @@ mod tests {
             "12 header bytes over two descriptors, one frame byte in the second"
         );
         assert!(!bench.guest.has_bounce_memory());
+    }
+
+    #[test]
+    fn trap_16_a_table_without_memory_that_the_card_reads_is_not_adopted() {
+        type Buffers = &'static [(u64, u32)];
+        let cases: [(&str, Buffers, Adoption); 5] = [
+            ("all of it stays", &[(BUFFER, 72)], Adoption::Adopted),
+            ("all of it goes", &[(SECOND, 72)], Adoption::InUse),
+            (
+                "its last segment goes",
+                &[(BUFFER, 72), (SECOND, 100)],
+                Adoption::InUse,
+            ),
+            (
+                "the header goes, which has been read",
+                &[(SECOND, 12), (BUFFER, 60)],
+                Adoption::Adopted,
+            ),
+            (
+                "all of it goes, and is in a slot of ours",
+                &[(SECOND, 27)],
+                Adoption::Adopted,
+            ),
+        ];
+        for (what, buffers, expected) in cases {
+            let mut bench = Bench::of_size(8);
+            bench.guest.offer_chain(0, buffers, 0);
+            bench.poll_until_sending(1);
+            let change = bench.guest.losing_the_second_region();
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(adopted, expected, "{what}");
+            bench.finish(1);
+            bench.lane.poll();
+            assert_eq!(bench.guest.used(), vec![(0, 0)], "{what}");
+            let adopted = bench.lane.adopt(Arc::clone(change.table()), change.leaving());
+            assert_eq!(
+                adopted,
+                Adoption::Adopted,
+                "{what}: the card has nothing any more"
+            );
+            change.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn of_frames_with_the_card_the_one_that_is_done_holds_nothing_back() {
+        let mut bench = Bench::of_size(8);
+        bench.guest.offer_chain(0, &[(SECOND, 72), (SECOND + 200, 60)], 0);
+        bench.guest.offer_chain(2, &[(BUFFER, 72)], 0);
+        bench.lane.poll();
+        let change = bench.guest.losing_the_second_region();
+        let leaving = change.leaving();
+        assert_eq!(
+            bench.lane.adopt(Arc::clone(change.table()), leaving),
+            Adoption::InUse
+        );
+        bench.finish(1);
+        bench.lane.poll();
+        assert_eq!(
+            bench.lane.adopt(Arc::clone(change.table()), leaving),
+            Adoption::Adopted
+        );
     }
 
     #[test]

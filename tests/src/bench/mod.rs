@@ -61,7 +61,11 @@ pub struct Bench {
     pub table: Arc<Table>,
     /// The driver.
     pub nic: Igb,
+    now: Now,
 }
+
+/// How long the driver has waited so far, as a card's clock counts it.
+type Now = Arc<Mutex<Duration>>;
 
 impl Bench {
     /// Brings the driver up on a card with `options`, the link still negotiating.
@@ -91,12 +95,22 @@ impl Bench {
         Self {
             kernel,
             map,
+            now: slot.now,
             card: slot.card,
             sent: slot.sent,
             memory,
             table,
             nic,
         }
+    }
+
+    /// How long the driver has waited for the card so far.
+    ///
+    /// # Panics
+    ///
+    /// If a test panicked while it held the clock.
+    pub fn waited(&self) -> Duration {
+        *self.now.lock().expect("no panic")
     }
 
     /// Plugs another card into PCI bus `bus`, for the same map.
@@ -222,6 +236,7 @@ pub struct Slot {
     /// What the host has to say.
     pub host: Arc<Host>,
     map: Arc<MemoryMap>,
+    now: Now,
 }
 
 impl Slot {
@@ -255,6 +270,7 @@ impl Slot {
             sent,
             host,
             map: Arc::clone(map),
+            now: Now::default(),
         }
     }
 
@@ -267,7 +283,7 @@ impl Slot {
         let device = self.map.attach(&self.address).expect("the card attaches");
         let clock = Arc::new(CardClock {
             card: Arc::clone(&self.card),
-            now: Mutex::default(),
+            now: Arc::clone(&self.now),
         });
         Igb::open(device, 1500, clock).expect("the card comes up")
     }
@@ -434,7 +450,7 @@ impl Registers for CardRegisters {
 /// Time passes for the card when the driver waits, and at no other moment.
 struct CardClock {
     card: Arc<Mutex<Card82576>>,
-    now: Mutex<Duration>,
+    now: Now,
 }
 
 impl Clock for CardClock {

@@ -6,7 +6,8 @@
 //!
 //! By file needs no mapping of ours and survives a change of process (TRAPS 49); by address is for kernels
 //! before 6.13 and for files that are neither memfd nor hugetlbfs (TRAPS 24). With no device attached nothing is
-//! pinned yet, so a pin can fail as late as at the first attach (TRAPS 48).
+//! pinned yet, so a pin can fail as late as at the first attach (TRAPS 48). Bytes that move to another mapping are
+//! copied from the old one, so that they stay pinned once.
 //!
 //! Read with: Linux `Documentation/userspace-api/iommufd.rst`; `include/uapi/linux/iommufd.h`.
 
@@ -19,7 +20,11 @@ use std::sync::Arc;
 
 use rustix::fs::fstatfs;
 
-use super::{DeviceAddress, Iommu, IommuError, IommuKind, MapBy, MapRequest, MappedBy, node};
+use super::locked::Owed;
+use super::reach::Reach;
+use super::{
+    Accounting, DeviceAddress, Iommu, IommuError, IommuKind, LockedMemory, MapBy, MapRequest, MappedBy, node,
+};
 use crate::address::Iova;
 use crate::pci::sysfs::{Found, Sysfs};
 use crate::pci::vfio::VfioFunction;
@@ -38,6 +43,9 @@ pub struct Iommufd {
     by: By,
     sysfs: Sysfs,
     devices: BTreeMap<PciAddress, Arc<File>>,
+    /// What is mapped: first byte and length.
+    mapped: BTreeMap<u64, u64>,
+    owed: Owed,
     told: bool,
 }
 
@@ -86,6 +94,8 @@ impl Iommufd {
             by,
             sysfs,
             devices: BTreeMap::new(),
+            mapped: BTreeMap::new(),
+            owed: Owed::new(Accounting::PerUser),
             told: false,
         })
     }
@@ -123,8 +133,64 @@ impl Iommufd {
         };
         let device = node::open(path, node::CDEV_ABSENT)?;
         sys::bind_iommufd(&device, &self.iommufd).map_err(|source| self.explain_bind(found, source))?;
-        sys::attach_ioas(&device, self.ioas).map_err(|source| self.explain_attach(found, source))?;
+        sys::attach_ioas(&device, self.ioas).map_err(|source| self.explain_attach(&device, found, source))?;
+        // The kernel has let it in, so what is mapped is reached; what is still to be mapped has to fit as well.
+        if let Err(error) = self
+            .reach(self.ioas)
+            .and_then(|reach| reach.admit(&DeviceAddress::Pci(found.address), self.mapped_ranges()))
+        {
+            if let Err(source) = sys::detach_ioas(&device) {
+                tracing::warn!(device = %found.address, %source, "detach after a refused attach failed");
+            }
+            return Err(error);
+        }
         Ok(Arc::new(device))
+    }
+
+    fn reach(&self, ioas: u32) -> Result<Reach, IommuError> {
+        let (ranges, page) =
+            sys::ioas_iova_ranges(&self.iommufd, ioas).map_err(|source| IommuError::Call {
+                call: "IOMMU_IOAS_IOVA_RANGES",
+                object: self.sysfs.iommufd().display().to_string(),
+                source,
+            })?;
+        Ok(Reach { ranges, page })
+    }
+
+    /// What a device that was refused would reach: it is put on an address space of its own for a moment, with
+    /// nothing in it. `None` if the kernel does not let it there either.
+    fn learn_reach(&self, device: &File) -> Option<Reach> {
+        let scratch = sys::ioas_alloc(&self.iommufd).ok()?;
+        let reach = sys::attach_ioas(device, scratch).ok().and_then(|()| {
+            let reach = self.reach(scratch).ok();
+            sys::detach_ioas(device).ok().and(reach)
+        });
+        if let Err(error) = sys::ioas_destroy(&self.iommufd, scratch) {
+            // It is empty and goes with our descriptor.
+            tracing::warn!(%error, "an address space made to learn what a device reaches was left behind");
+        }
+        reach
+    }
+
+    fn mapped_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.mapped.iter().map(|(start, len)| (*start, start + (len - 1)))
+    }
+
+    /// What will be pinned once a device comes.
+    fn settle_owed(&mut self) {
+        let unpinned = self.devices.is_empty();
+        self.owed
+            .set(if unpinned { self.mapped.values().sum() } else { 0 });
+    }
+
+    /// Maps what is mapped at `from` already, or says that it cannot be had that way.
+    fn copy(&self, request: &MapRequest, from: Iova) -> bool {
+        let copied = sys::ioas_copy(&self.iommufd, self.ioas, from, request.iova, request.len);
+        if let Err(error) = &copied {
+            let (iova, len) = (request.iova, request.len);
+            tracing::info!(%error, %from, %iova, len, "IOMMU_IOAS_COPY failed, mapping afresh and pinning twice");
+        }
+        copied.is_ok()
     }
 
     /// EINVAL is what a device answers that is open already; EPERM and EBUSY come for a group with another owner,
@@ -148,9 +214,15 @@ impl Iommufd {
         }
     }
 
-    /// The device is ours by now; what can still be wrong is the group, an interrupt window, a pin or the map.
-    fn explain_attach(&self, found: &Found, source: io::Error) -> IommuError {
+    /// The device is ours by now; what can still be wrong is what it reaches, the group, an interrupt window or a pin.
+    fn explain_attach(&self, device: &File, found: &Found, source: io::Error) -> IommuError {
         let address = found.address;
+        if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::EADDRINUSE))
+            && let Some(reach) = self.learn_reach(device)
+            && let Err(error) = reach.admit(&DeviceAddress::Pci(address), self.mapped_ranges())
+        {
+            return error;
+        }
         match source.raw_os_error() {
             Some(libc::EINVAL | libc::EBUSY) => match self.sysfs.explain_refusal(found, source) {
                 IommuError::Busy { source, .. } => call_error(ATTACH, found, source),
@@ -197,33 +269,42 @@ impl Iommu for Iommufd {
             // The kernel would say 0 to 2^64-1, which no hardware takes.
             return Ok(None);
         }
-        sys::ioas_iova_ranges(&self.iommufd, self.ioas)
-            .map(Some)
-            .map_err(|source| IommuError::Call {
-                call: "IOMMU_IOAS_IOVA_RANGES",
-                object: self.sysfs.iommufd().display().to_string(),
-                source,
-            })
+        Ok(Some(self.reach(self.ioas)?.ranges))
+    }
+
+    fn shares_pins(&self) -> bool {
+        true
+    }
+
+    fn locked_memory(&self) -> Option<LockedMemory> {
+        LockedMemory::now(Accounting::PerUser)
     }
 
     fn map(&mut self, request: &MapRequest) -> Result<MappedBy, IommuError> {
         let fit = self.by != By::Address && fit_for_map_file(&request.file);
-        match self.by {
-            By::File if !fit => Err(IommuError::MapByFile {
-                reason: "the memory is neither a memfd nor on hugetlbfs".to_owned(),
-            }),
-            By::File | By::FileWherePossible if fit => {
-                self.map_file(request)?;
-                Ok(MappedBy::File)
+        let by = match self.by {
+            By::File if !fit => {
+                return Err(IommuError::MapByFile {
+                    reason: "the memory is neither a memfd nor on hugetlbfs".to_owned(),
+                });
             }
-            _ => {
+            By::File | By::FileWherePossible if fit => MappedBy::File,
+            _ => MappedBy::Address,
+        };
+        // A copy is by file if the mapping it is made from is, and that was decided here too.
+        if request.same_as.is_none_or(|from| !self.copy(request, from)) {
+            if by == MappedBy::File {
+                self.map_file(request)?;
+            } else {
                 if self.by == By::FileWherePossible && !std::mem::replace(&mut self.told, true) {
                     tracing::info!("mapping by address: the memory is neither a memfd nor on hugetlbfs");
                 }
                 self.map_address(request)?;
-                Ok(MappedBy::Address)
             }
         }
+        self.mapped.insert(request.iova.raw(), request.len);
+        self.settle_owed();
+        Ok(by)
     }
 
     fn unmap(&mut self, iova: Iova, len: u64) -> Result<(), IommuError> {
@@ -234,13 +315,14 @@ impl Iommu for Iommufd {
             source,
         };
         let unmapped = sys::ioas_unmap(&self.iommufd, self.ioas, iova, len).map_err(failed)?;
-        if unmapped == len {
-            Ok(())
-        } else {
-            Err(failed(io::Error::other(format!(
+        if unmapped != len {
+            return Err(failed(io::Error::other(format!(
                 "only {unmapped:#x} bytes were unmapped"
-            ))))
+            ))));
         }
+        self.mapped.remove(&iova.raw());
+        self.settle_owed();
+        Ok(())
     }
 
     fn attach(&mut self, device: &DeviceAddress) -> Result<Arc<dyn PciFunction>, IommuError> {
@@ -261,6 +343,7 @@ impl Iommu for Iommufd {
                 }
             })?;
         self.devices.insert(address, file);
+        self.settle_owed();
         Ok(Arc::new(function))
     }
 
@@ -271,6 +354,7 @@ impl Iommu for Iommufd {
         let Some(file) = self.devices.remove(address) else {
             return Ok(());
         };
+        self.settle_owed();
         sys::detach_ioas(&file).map_err(|source| IommuError::Call {
             call: "VFIO_DEVICE_DETACH_IOMMUFD_PT",
             object: address.to_string(),

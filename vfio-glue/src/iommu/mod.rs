@@ -13,7 +13,9 @@
 mod choose;
 pub mod fake;
 mod iommufd;
+mod locked;
 mod node;
+pub(crate) mod reach;
 pub mod software;
 mod type1;
 mod vfio_user;
@@ -30,6 +32,7 @@ use crate::pci::{PciAddress, PciFunction};
 
 pub use choose::{Chosen, IommuChoice, MapBy, choose};
 pub use iommufd::Iommufd;
+pub use locked::{Accounting, LockedMemory, own_locked_bytes};
 pub use type1::Type1;
 pub use vfio_user::VfioUserIommu;
 
@@ -96,7 +99,8 @@ pub struct MapRequest {
     pub offset: u64,
     /// The same range mapped into this process.
     pub host: HostRange,
-    /// Where the same bytes are mapped already, all of them inside one mapping.
+    /// Where these very bytes are mapped already, all of them inside one mapping, if they are: a back end that
+    /// [shares pins](Iommu::shares_pins) pins nothing for them then.
     pub same_as: Option<Iova>,
 }
 
@@ -260,7 +264,45 @@ pub enum IommuError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// Something mapped lies where a device or its IOMMU wants nothing.
+    /// The device would not reach something that is mapped.
+    #[error("device {device} cannot reach what is mapped at {start:#x}-{end:#x}; it reaches {usable}")]
+    Stranded {
+        /// The device.
+        device: DeviceAddress,
+        /// First byte of the mapping.
+        start: u64,
+        /// Last byte of the mapping.
+        end: u64,
+        /// The ranges it reaches.
+        usable: String,
+    },
+    /// The IOMMU cannot map in pieces as small as ours.
+    #[error(
+        "device {device} is behind an IOMMU whose smallest page is {smallest} bytes, and memory is mapped here in multiples of {placed_on}"
+    )]
+    PageSize {
+        /// The device.
+        device: DeviceAddress,
+        /// The IOMMU's smallest page in bytes.
+        smallest: u64,
+        /// What extents are placed on, in bytes.
+        placed_on: u64,
+    },
+    /// The map has more mappings than the kernel takes.
+    #[error(
+        "device {device} cannot come: the map has {need} mappings, and the kernel takes {limit}; let it take more, as root: echo {need} > {}", parameter.display()
+    )]
+    TooManyMappings {
+        /// The device.
+        device: DeviceAddress,
+        /// How many the kernel takes.
+        limit: usize,
+        /// How many there are.
+        need: usize,
+        /// The kernel's limit.
+        parameter: PathBuf,
+    },
+    /// Something mapped lies where a device or its IOMMU wants nothing, and the kernel does not tell where that is.
     #[error("{address} cannot come: something is mapped at an IOVA that this device or its IOMMU reserves")]
     Reserved {
         /// The function.
@@ -315,7 +357,8 @@ pub trait Iommu: Send {
     /// Which back end this is.
     fn kind(&self) -> IommuKind;
 
-    /// Ranges of IOVA the kernel accepts now, sorted, both ends inclusive. They narrow as devices attach.
+    /// Ranges of IOVA the kernel accepts now, sorted, both ends inclusive. They narrow as devices attach and widen
+    /// as they detach.
     ///
     /// `None` while no device fixes them: the map then uses its own cautious default.
     ///
@@ -324,8 +367,21 @@ pub trait Iommu: Send {
     /// [`IommuError::Call`] if the kernel does not tell.
     fn usable_ranges(&self) -> Result<Option<Vec<RangeInclusive<u64>>>, IommuError>;
 
-    /// How many more mappings the kernel takes, or `None` for no limit it tells of (TRAPS 27).
+    /// How many more mappings the kernel takes, or will take once a device is here, or `None` for no limit it tells
+    /// of (TRAPS 27).
     fn mappings_left(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether bytes that are mapped a second time, as [`MapRequest::same_as`] says, stay pinned once. Otherwise they
+    /// count twice for as long as both mappings live (TRAPS 28).
+    fn shares_pins(&self) -> bool {
+        false
+    }
+
+    /// The locked memory that pins are counted as, or `None` where no limit holds. Reads `/proc`; the control plane
+    /// asks before it maps.
+    fn locked_memory(&self) -> Option<LockedMemory> {
         None
     }
 
@@ -348,7 +404,8 @@ pub trait Iommu: Send {
     ///
     /// # Errors
     ///
-    /// Any [`IommuError`]; the back end is then as before.
+    /// [`IommuError::Stranded`] if it would not reach all that is mapped, or any other; the back end is then as
+    /// before, and the next attach may succeed.
     fn attach(&mut self, device: &DeviceAddress) -> Result<Arc<dyn PciFunction>, IommuError>;
 
     /// Shows a device out. No mapping reaches it afterwards.
@@ -359,11 +416,6 @@ pub trait Iommu: Send {
     ///
     /// [`IommuError::Call`] if the kernel refused; the device is out of our books all the same.
     fn detach(&mut self, device: &DeviceAddress) -> Result<(), IommuError>;
-
-    /// Whether bytes that are mapped already, as [`MapRequest::same_as`] says, are not pinned a second time.
-    fn shares_pins(&self) -> bool {
-        false
-    }
 
     /// Whether the kernel holds pins for what is mapped at this moment.
     ///

@@ -6,7 +6,9 @@
 //! ```
 //!
 //! The kernel takes mappings only once a group is in and drops them all when the last one leaves, so this back
-//! end remembers them: the map outlives its devices all the same (rule R1).
+//! end remembers them: the map outlives its devices all the same (rule R1). A device that would not reach all that is
+//! remembered, or a map with more of it than the kernel takes, is refused before anything of it is put back; if
+//! putting back fails half way, what was put back goes with the group and everything is remembered as before.
 //!
 //! Read with: Linux `Documentation/driver-api/vfio.rst`; `include/uapi/linux/vfio.h`, "Type1"; TRAPS 26, 27, 48.
 
@@ -18,7 +20,11 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio;
 
-use super::{DeviceAddress, Iommu, IommuError, IommuKind, MapRequest, MappedBy, node};
+use super::locked::Owed;
+use super::reach::Reach;
+use super::{
+    Accounting, DeviceAddress, Iommu, IommuError, IommuKind, LockedMemory, MapRequest, MappedBy, node,
+};
 use crate::address::Iova;
 use crate::pci::sysfs::{Found, Sysfs};
 use crate::pci::vfio::VfioFunction;
@@ -32,6 +38,7 @@ pub struct Type1 {
     groups: BTreeMap<u32, Group>,
     /// What the map has mapped, by IOVA, in the kernel or not. Keeps the memory mapped in this process.
     remembered: BTreeMap<u64, MapRequest>,
+    owed: Owed,
 }
 
 /// A group in the container. With no device it is one the kernel has not let go yet.
@@ -44,7 +51,19 @@ struct Group {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Info {
     ranges: Option<Vec<RangeInclusive<u64>>>,
+    /// The smallest page of the IOMMU, in bytes.
+    page: Option<u64>,
     mappings_left: Option<usize>,
+}
+
+impl Info {
+    /// What devices of this container reach. A kernel that does not tell checks each mapping by itself.
+    fn reach(&self) -> Reach {
+        Reach {
+            ranges: self.ranges.clone().unwrap_or_else(|| vec![0..=u64::MAX]),
+            page: self.page.unwrap_or(1),
+        }
+    }
 }
 
 impl Type1 {
@@ -74,6 +93,7 @@ impl Type1 {
             sysfs,
             groups: BTreeMap::new(),
             remembered: BTreeMap::new(),
+            owed: Owed::new(Accounting::PerProcess),
         })
     }
 
@@ -107,16 +127,69 @@ impl Type1 {
                 .sysfs
                 .explain_refusal(found, io::ErrorKind::ResourceBusy.into()));
         }
-        sys::group_set_container(&group, &self.container).map_err(failed("VFIO_GROUP_SET_CONTAINER"))?;
+        let device = DeviceAddress::Pci(found.address);
+        if let Err(source) = sys::group_set_container(&group, &self.container) {
+            // With others in, the kernel itself refuses one that would not reach what is mapped.
+            if source.raw_os_error() == Some(libc::EINVAL)
+                && let Some(info) = self.learn_info(&group)
+            {
+                self.admit(&info, &device)?;
+            }
+            return Err(failed("VFIO_GROUP_SET_CONTAINER")(source));
+        }
         // From here on closing the group's file takes it out of the container again.
         if self.groups.is_empty() {
             sys::set_iommu_type1v2(&self.container).map_err(failed("VFIO_SET_IOMMU"))?;
+            let info = self.info()?;
+            self.admit(&info, &device)?;
+            self.check_count(&info, &device)?;
             for request in self.remembered.values() {
                 // What was mapped before a failure goes with the group.
                 self.map_now(request)?;
             }
+        } else {
+            self.admit(&self.info()?, &device)?;
         }
         Ok(group)
+    }
+
+    fn admit(&self, info: &Info, device: &DeviceAddress) -> Result<(), IommuError> {
+        let ranges = self.remembered.iter();
+        info.reach().admit(
+            device,
+            ranges.map(|(start, request)| (*start, start + (request.len - 1))),
+        )
+    }
+
+    /// Whether a container with nothing in it takes all that is remembered (TRAPS 27).
+    fn check_count(&self, info: &Info, device: &DeviceAddress) -> Result<(), IommuError> {
+        let need = self.remembered.len();
+        info.mappings_left
+            .filter(|limit| *limit < need)
+            .map_or(Ok(()), |limit| {
+                Err(IommuError::TooManyMappings {
+                    device: device.clone(),
+                    limit,
+                    need,
+                    parameter: self.sysfs.type1_mappings_limit_parameter(),
+                })
+            })
+    }
+
+    /// What a group that was refused would reach: it is put into a container of its own for a moment.
+    fn learn_info(&self, group: &File) -> Option<Info> {
+        let scratch = node::open(&self.sysfs.container(), node::CONTAINER_ABSENT).ok()?;
+        sys::group_set_container(group, &scratch).ok()?;
+        let told = sys::set_iommu_type1v2(&scratch).and_then(|()| sys::type1_info(&scratch));
+        let left = sys::group_unset_container(group);
+        left.and(told).ok().map(|bytes| parse_info(&bytes))
+    }
+
+    /// What will be pinned once a group comes.
+    fn settle_owed(&mut self) {
+        let unpinned = self.groups.is_empty();
+        let remembered = || self.remembered.values().map(|request| request.len).sum();
+        self.owed.set(if unpinned { remembered() } else { 0 });
     }
 
     fn open_device(&self, group: &File, found: &Found) -> Result<Arc<dyn PciFunction>, IommuError> {
@@ -184,9 +257,14 @@ impl Iommu for Type1 {
 
     fn mappings_left(&self) -> Option<usize> {
         if self.groups.is_empty() {
-            return None;
+            let limit = self.sysfs.type1_mappings_limit()?;
+            return Some(limit.saturating_sub(self.remembered.len()));
         }
         self.info().ok()?.mappings_left
+    }
+
+    fn locked_memory(&self) -> Option<LockedMemory> {
+        LockedMemory::now(Accounting::PerProcess)
     }
 
     fn map(&mut self, request: &MapRequest) -> Result<MappedBy, IommuError> {
@@ -196,7 +274,12 @@ impl Iommu for Type1 {
             self.map_now(request)?;
             MappedBy::Address
         };
-        self.remembered.insert(request.iova.raw(), request.clone());
+        let lasting = MapRequest {
+            same_as: None,
+            ..request.clone()
+        };
+        self.remembered.insert(request.iova.raw(), lasting);
+        self.settle_owed();
         Ok(by)
     }
 
@@ -217,6 +300,7 @@ impl Iommu for Type1 {
         // Forgotten even if the kernel refuses: what it still holds goes with the last group and must not come back
         // with the next one.
         self.remembered.remove(&iova.raw());
+        self.settle_owed();
         if !self.groups.is_empty() {
             let unmapped = sys::type1_unmap(&self.container, iova, len).map_err(failed)?;
             if unmapped != len {
@@ -247,6 +331,7 @@ impl Iommu for Type1 {
         let function = self.open_device(&file, &found)?;
         let devices = vec![address];
         self.groups.insert(found.group, Group { file, devices });
+        self.settle_owed();
         Ok(function)
     }
 
@@ -257,7 +342,9 @@ impl Iommu for Type1 {
         for group in self.groups.values_mut() {
             group.devices.retain(|other| other != address);
         }
-        self.let_go()
+        let outcome = self.let_go();
+        self.settle_owed();
+        outcome
     }
 
     fn pins_now(&self) -> bool {
@@ -271,9 +358,19 @@ impl Iommu for Type1 {
 /// forward ends.
 fn parse_info(bytes: &[u8]) -> Info {
     const FLAGS: usize = 4;
+    const PAGE_SIZES: usize = 8;
     const CAP_OFFSET: usize = 16;
     let mut info = Info::default();
-    let has_caps = u32_at(bytes, FLAGS).is_some_and(|flags| flags & vfio::VFIO_IOMMU_INFO_CAPS != 0);
+    let has = |flag| u32_at(bytes, FLAGS).is_some_and(|flags| flags & flag != 0);
+    if has(vfio::VFIO_IOMMU_INFO_PGSIZES) {
+        let sizes = bytes.get(PAGE_SIZES..).and_then(|sizes| sizes.first_chunk());
+        // One bit for each size.
+        let sizes = sizes
+            .map(|sizes| u64::from_ne_bytes(*sizes))
+            .filter(|sizes| *sizes != 0);
+        info.page = sizes.map(|sizes| 1 << sizes.trailing_zeros());
+    }
+    let has_caps = has(vfio::VFIO_IOMMU_INFO_CAPS);
     let mut at = if has_caps { u32_at(bytes, CAP_OFFSET) } else { None };
     let mut last = 0;
     while let Some(start) = at
@@ -320,6 +417,8 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::HostRange;
+    use crate::pci::sysfs::fake::Machine;
 
     /// A description as the kernel writes it: 24 bytes, then capabilities given as 32-bit words.
     fn description(flags: u32, first_cap: u32, caps: &[u32]) -> Vec<u8> {
@@ -355,6 +454,109 @@ mod tests {
             Some(vec![0..=0xfedf_ffff, 0xfef0_0000..=0xffff_ffff_ffff])
         );
         assert_eq!(info.mappings_left, Some(65535));
+    }
+
+    #[test]
+    fn the_smallest_page_is_read_where_the_kernel_tells_it() {
+        let info = parse_info(&description(vfio::VFIO_IOMMU_INFO_PGSIZES, 0, &[]));
+        assert_eq!(info.page, Some(4096));
+        assert_eq!(info.reach().page, 4096);
+        assert_eq!(info.reach().ranges, vec![0..=u64::MAX]);
+        assert_eq!(parse_info(&description(0, 0, &[])).page, None);
+    }
+
+    /// A map with no group in it and `count` pages from 1 MiB on.
+    fn with_pages(machine: &Machine, count: u64) -> Type1 {
+        let mut type1 = Type1 {
+            container: File::open("/dev/null").unwrap(),
+            sysfs: machine.sysfs(),
+            groups: BTreeMap::new(),
+            remembered: BTreeMap::new(),
+            owed: Owed::new(Accounting::None),
+        };
+        let memfd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = Arc::new(File::from(memfd));
+        file.set_len(4096).unwrap();
+        for page in 0..count {
+            let request = MapRequest {
+                iova: Iova::new((1 << 20) + page * 4096),
+                len: 4096,
+                file: Arc::clone(&file),
+                offset: 0,
+                host: HostRange::of_file(&file, 0, 4096).unwrap(),
+                same_as: (page != 0).then_some(Iova::new(1 << 20)),
+            };
+            assert_eq!(type1.map(&request).unwrap(), MappedBy::Model);
+        }
+        type1
+    }
+
+    fn card() -> DeviceAddress {
+        DeviceAddress::Pci("0000:01:00.0".parse().unwrap())
+    }
+
+    #[test]
+    fn with_no_group_the_limit_on_mappings_counts_what_is_remembered() {
+        let machine = Machine::new();
+        let mut type1 = with_pages(&machine, 3);
+        assert_eq!(type1.mappings_left(), None, "the module is not loaded");
+        let parameter = machine.path("sys/module/vfio_iommu_type1/parameters/dma_entry_limit");
+        std::fs::create_dir_all(parameter.parent().unwrap()).unwrap();
+        std::fs::write(&parameter, "4\n").unwrap();
+        assert_eq!(type1.mappings_left(), Some(1));
+        type1.unmap(Iova::new(1 << 20), 4096).unwrap();
+        assert_eq!(type1.mappings_left(), Some(2));
+        std::fs::write(&parameter, "1\n").unwrap();
+        assert_eq!(type1.mappings_left(), Some(0));
+    }
+
+    #[test]
+    fn more_than_the_kernel_takes_is_refused_with_the_numbers_before_it_is_put_back() {
+        let machine = Machine::new();
+        let type1 = with_pages(&machine, 3);
+        let info = |left| Info {
+            mappings_left: left,
+            ..Info::default()
+        };
+        type1.check_count(&info(Some(3)), &card()).unwrap();
+        type1.check_count(&info(None), &card()).unwrap();
+        let text = type1
+            .check_count(&info(Some(2)), &card())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.starts_with(
+                "device 0000:01:00.0 cannot come: the map has 3 mappings, and the kernel takes 2; let it take more, as \
+                 root: echo 3 > "
+            ),
+            "{text}"
+        );
+        assert_eq!(type1.remembered.len(), 3);
+    }
+
+    #[test]
+    fn what_is_remembered_must_be_reached_by_the_device_that_comes() {
+        let machine = Machine::new();
+        let type1 = with_pages(&machine, 3);
+        let info = |last| Info {
+            ranges: Some(vec![0..=last]),
+            ..Info::default()
+        };
+        type1.admit(&info(0x10_2fff), &card()).unwrap();
+        assert!(matches!(
+            type1.admit(&info(0x10_1fff), &card()),
+            Err(IommuError::Stranded {
+                start: 0x10_2000,
+                end: 0x10_2fff,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn where_the_same_bytes_were_is_not_remembered() {
+        let type1 = with_pages(&Machine::new(), 2);
+        assert!(type1.remembered.values().all(|request| request.same_as.is_none()));
     }
 
     #[test]

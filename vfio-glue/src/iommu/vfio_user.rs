@@ -77,7 +77,8 @@ impl Iommu for VfioUserIommu {
                 }
             }
         }
-        self.mapped.insert(request.iova.raw(), request.clone());
+        let lasting = MapRequest { ..request.clone() };
+        self.mapped.insert(request.iova.raw(), lasting);
         Ok(MappedBy::File)
     }
 

@@ -5,18 +5,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
+use super::discards::PinnedFile;
 use super::extent::{Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
-use super::iova::IovaAllocator;
+use super::iova::{IovaAllocator, cautious_ranges};
 use super::plan::{self, Add, Mapped, Pins, Plan, Wanted, WhyAdded, WhyKept};
 use crate::address::Iova;
+use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
-use crate::iommu::{DeviceAddress, Iommu, IommuKind, MapRequest, MappedBy};
+use crate::iommu::{DeviceAddress, Iommu, MapRequest, MappedBy};
 use crate::memory::{FileError, HostRange, RegionSpec, guard};
 
 pub(super) struct Books {
@@ -26,6 +27,8 @@ pub(super) struct Books {
     /// All that is mapped, by IOVA.
     pub(super) records: BTreeMap<Iova, Record>,
     pub(super) devices: Vec<DeviceAddress>,
+    /// Extents mapped anew because pages were discarded behind them.
+    pub(super) discards: u64,
 }
 
 pub(super) struct Record {
@@ -201,8 +204,28 @@ impl Books {
             let extent = self.map_one(bus, file, add, owner, after)?;
             changed.extents.push(Arc::clone(&extent));
             changed.gained.push(extent);
+            self.discards += u64::from(add.why == WhyAdded::Replaces);
         }
         Ok(())
+    }
+
+    /// The files of `extents`, each with what the kernel has pinned of it. None while it pins nothing.
+    pub(super) fn pinned_with(&self, extents: &[Arc<Extent>]) -> Vec<PinnedFile> {
+        if !self.iommu.pins_now() {
+            return Vec::new();
+        }
+        let mut files: Vec<PinnedFile> = Vec::new();
+        for extent in extents.iter().filter(|extent| extent.is_fit()) {
+            match files.iter_mut().find(|file| file.is_of(extent)) {
+                Some(file) => file.of_guest.push(Arc::clone(extent)),
+                None => {
+                    let all = self.records.values().map(|record| &record.extent);
+                    let same = all.filter(|other| other.key.file == extent.key.file);
+                    files.push(PinnedFile::new(extent, same.map(|other| other.file_range())));
+                }
+            }
+        }
+        files
     }
 
     /// Maps all of a file of our own.
@@ -341,40 +364,35 @@ impl Books {
         if let Some(left) = self.iommu.mappings_left().filter(|left| *left < mappings) {
             return Err(MapError::TooManyMappings { left, need: mappings });
         }
-        let pins = matches!(self.iommu.kind(), IommuKind::Iommufd | IommuKind::Type1);
-        let Some(limit) = budget::pin_limit().filter(|_| pins) else {
-            return Ok(());
-        };
-        let pinned = self.records.values().map(|record| record.extent.len()).sum();
-        if need.saturating_add(pinned) > limit {
-            return Err(MapError::OverBudget { need, pinned, limit });
-        }
-        Ok(())
+        budget::check(self.iommu.as_ref(), need)
+    }
+
+    /// Whether a device that comes now can have all that is mapped pinned for it.
+    pub(super) fn check_attach(&self) -> Result<(), MapError> {
+        let mapped = self.records.values().map(|record| record.extent.len()).sum();
+        budget::check_attach(self.iommu.as_ref(), mapped)
     }
 
     /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.
     pub(super) fn narrow(&mut self, device: &DeviceAddress) -> Result<(), MapError> {
-        let Some(usable) = self.iommu.usable_ranges()? else {
+        let Some(ranges) = self.iommu.usable_ranges()? else {
             return Ok(());
         };
-        if let Some((start, end)) = self.iovas.stranded_by(&usable) {
-            let device = device.clone();
-            return Err(MapError::Strands {
-                device,
-                start,
-                end: end - 1,
-                usable: show_ranges(&usable),
-            });
-        }
-        self.iovas.set_usable(usable);
+        let reach = Reach { ranges, page: PAGE };
+        reach.admit(device, self.iovas.taken())?;
+        self.iovas.set_usable(reach.ranges);
         Ok(())
     }
-}
 
-fn show_ranges(ranges: &[RangeInclusive<u64>]) -> String {
-    let shown: Vec<String> = ranges
-        .iter()
-        .map(|range| format!("{:#x}-{:#x}", range.start(), range.end()))
-        .collect();
-    shown.join(", ")
+    /// Adopts the ranges the kernel allows with a device fewer: wider ones, and with none left the cautious ones.
+    /// What is mapped outside of them stays.
+    pub(super) fn widen(&mut self) {
+        match self.iommu.usable_ranges() {
+            Ok(usable) => self.iovas.set_usable(usable.unwrap_or_else(cautious_ranges)),
+            // The ranges of before are among those of now.
+            Err(error) => {
+                tracing::warn!(%error, "the usable IOVA ranges stay as narrow as before the detach")
+            }
+        }
+    }
 }

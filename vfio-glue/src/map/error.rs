@@ -37,16 +37,23 @@ pub enum MapError {
     Overlap(#[from] OverlapError),
     /// Pinning would go over the limit on locked memory.
     #[error(
-        "{need} more bytes would have to be pinned, {pinned} are already, and the limit on locked memory is {limit}: \
-         raise it (ulimit -l, LimitMEMLOCK=) to at least {} bytes", need + pinned
+        "{need} more bytes would have to be pinned, {pinned} are already, {owed} will be when devices come to maps \
+         that have none, this user's other processes have pinned {elsewhere}, and the limit on locked memory is \
+         {limit}: {} bytes are missing, so raise it (ulimit -l, LimitMEMLOCK=) to at least {sum} bytes", sum - limit
     )]
     OverBudget {
         /// Bytes the change needs.
         need: u64,
-        /// Bytes this map holds.
+        /// Bytes this process has pinned.
         pinned: u64,
+        /// Bytes on its maps with no device, pinned when one comes.
+        owed: u64,
+        /// Bytes other processes have pinned, where the kernel counts per user.
+        elsewhere: u64,
         /// RLIMIT_MEMLOCK in bytes.
         limit: u64,
+        /// What the limit would have to be, in bytes.
+        sum: u64,
     },
     /// No free IOVA range is large enough.
     #[error("no room for {len:#x} bytes in the IOVA ranges {usable}")]
@@ -94,5 +101,24 @@ pub enum MapError {
     },
     /// The IOMMU or VFIO refused.
     #[error("the IOMMU refused")]
-    Iommu(#[from] IommuError),
+    Iommu(#[source] IommuError),
+}
+
+impl From<IommuError> for MapError {
+    fn from(error: IommuError) -> Self {
+        match error {
+            IommuError::Stranded {
+                device,
+                start,
+                end,
+                usable,
+            } => Self::Strands {
+                device,
+                start,
+                end,
+                usable,
+            },
+            other => Self::Iommu(other),
+        }
+    }
 }

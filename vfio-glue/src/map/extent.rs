@@ -15,6 +15,8 @@ use crate::memory::HostRange;
 /// The grid on which extents are cut, in bytes of file offset.
 pub const CELL_BYTES: u64 = 1 << 30;
 
+const SMALL_PAGE: u64 = 4096;
+
 /// What makes two ranges the same memory (rule R4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ExtentKey {
@@ -84,6 +86,13 @@ impl Extent {
         &self.file
     }
 
+    /// The pages it is made of, in bytes, that lie at an IOVA congruent to them.
+    pub(super) fn page_bytes(&self) -> u64 {
+        let page = self.host.page_bytes();
+        let congruent = self.iova.raw() % page == self.key.offset % page;
+        if congruent { page } else { SMALL_PAGE }
+    }
+
     /// The part of it that lies in `range` of its file, or `None` if there is none.
     pub(crate) fn part(&self, range: &Range<u64>) -> Option<ExtentPart> {
         let own = self.file_range();
@@ -100,7 +109,12 @@ impl Extent {
 
     /// Whether it shows what its file holds, and may be given to one more guest.
     pub(super) fn is_fit(&self) -> bool {
-        !self.host.lost_memory() && !self.discarded.load(Ordering::Relaxed)
+        !self.host.lost_memory() && !self.is_discarded()
+    }
+
+    /// Whether it shows pages that its file has no more.
+    pub(crate) fn is_discarded(&self) -> bool {
+        self.discarded.load(Ordering::Relaxed)
     }
 
     /// Marks it as showing pages that its file has no more.

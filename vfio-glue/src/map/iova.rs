@@ -42,21 +42,15 @@ impl IovaAllocator {
         &self.usable
     }
 
-    /// Uses other ranges from now on. What is taken stays taken; the caller has checked that it fits.
+    /// Uses other ranges from now on. What is taken stays taken, inside of them or not: who narrows them has asked
+    /// [`taken`](Self::taken) first, and once the last device has gone nothing needs to be reached.
     pub(super) fn set_usable(&mut self, usable: Vec<RangeInclusive<u64>>) {
         self.usable = usable;
     }
 
-    /// The first taken range that lies outside of `usable`, as (start, end exclusive).
-    pub(super) fn stranded_by(&self, usable: &[RangeInclusive<u64>]) -> Option<(u64, u64)> {
-        self.taken
-            .iter()
-            .map(|(start, end)| (*start, *end))
-            .find(|(start, end)| {
-                !usable
-                    .iter()
-                    .any(|range| range.contains(start) && range.contains(&(end - 1)))
-            })
+    /// What is taken: first and last byte of each range, in order.
+    pub(super) fn taken(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.taken.iter().map(|(start, end)| (*start, end - 1))
     }
 
     /// Takes `len` bytes for memory at file offset `offset`, right after `after` if that is free and fits.
@@ -78,7 +72,12 @@ impl IovaAllocator {
         let usable = self.usable.iter().fold(0_u64, |sum, range| {
             sum.saturating_add((range.end() - range.start()).saturating_add(1))
         });
-        let taken: u64 = self.taken.iter().map(|(start, end)| end - start).sum();
+        let taken = self.usable.iter().fold(0_u64, |sum, range| {
+            self.taken().fold(sum, |sum, (first, last)| {
+                let (from, to) = (first.max(*range.start()), last.min(*range.end()));
+                sum + to.checked_sub(from).map_or(0, |more| more + 1)
+            })
+        });
         usable.saturating_sub(taken)
     }
 
@@ -178,14 +177,21 @@ mod tests {
     }
 
     #[test]
-    fn narrower_ranges_name_what_they_strand() {
-        let mut iovas = allocator();
-        let start = iovas.take(4096, 0, None).unwrap().raw();
-        assert_eq!(iovas.stranded_by(&[0..=u64::MAX]), None);
+    fn what_lies_outside_of_other_ranges_stays_taken_and_takes_nothing_from_them() {
+        let mut iovas = IovaAllocator::new(vec![1 << 40..=(1 << 40) + 8191]);
+        let start = iovas.take(4096, 0, None).unwrap();
         assert_eq!(
-            iovas.stranded_by(&[start + 1..=u64::MAX]),
-            Some((start, start + 4096))
+            iovas.taken().collect::<Vec<_>>(),
+            vec![(1 << 40, (1 << 40) + 4095)]
         );
+        assert_eq!(iovas.free_bytes(), 4096);
+        iovas.set_usable(vec![1 << 20..=(1 << 20) + 8191]);
+        assert_eq!(iovas.free_bytes(), 8192);
+        assert_eq!(iovas.take(4096, 0, None).unwrap().raw(), 1 << 20);
+        iovas.set_usable(vec![1 << 20..=(1 << 41) - 1]);
+        assert_eq!(iovas.take(8192, 0, None).unwrap().raw(), (1 << 20) + 4096);
+        let beside = iovas.take(4096, 0, Some(start.raw())).unwrap();
+        assert_ne!(beside, start);
     }
 
     #[test]

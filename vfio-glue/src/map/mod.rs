@@ -22,6 +22,7 @@ mod books;
 mod budget;
 mod change;
 mod device;
+mod discards;
 mod error;
 mod extent;
 mod files;
@@ -29,6 +30,8 @@ mod iova;
 #[cfg(test)]
 mod model;
 mod plan;
+#[cfg(test)]
+mod rules;
 mod snapshot;
 
 use std::collections::BTreeMap;
@@ -47,6 +50,7 @@ use self::books::{AcquireError, Books, Changed, WantedPages};
 use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
 use self::plan::Wanted;
+use self::snapshot::pinned_bytes;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind};
 use crate::memory::{MemoryFile, RegionSpec, Table, refuse_overlap};
@@ -78,6 +82,7 @@ impl MemoryMap {
                 files: Files::default(),
                 records: BTreeMap::new(),
                 devices: Vec::new(),
+                discards: 0,
             }),
         })
     }
@@ -207,6 +212,7 @@ impl MemoryMap {
                 map: self.name.clone(),
             });
         }
+        books.check_attach()?;
         let function = books.iommu.attach(device)?;
         if let Err(error) = books.narrow(device) {
             drop(function);
@@ -222,7 +228,26 @@ impl MemoryMap {
     fn detach(&self, device: &DeviceAddress) -> Result<(), MapError> {
         let mut books = self.books();
         books.devices.retain(|other| other != device);
-        Ok(books.iommu.detach(device)?)
+        let detached = books.iommu.detach(device);
+        books.widen();
+        Ok(detached?)
+    }
+
+    /// Looks for memory of a guest that was taken out of its file while it is pinned, as a balloon, free page reporting
+    /// and virtio-mem do, and returns how many bytes were found missing (TRAPS 21, 22). The table
+    /// [says so](Table::has_discarded) then, and the next [`change`](Self::change) of this guest's memory, to the same if
+    /// need be, maps anew what showed them.
+    ///
+    /// What was discarded and touched again since cannot be seen. Without pins there is nothing to find. Costs system
+    /// calls, and does not touch the memory.
+    pub fn find_discarded(&self, table: &Table) -> u64 {
+        // The kernel is asked without the books: it may have much to look through.
+        let pinned = self.books().pinned_with(table.extents());
+        let mut missing = 0;
+        for file in pinned {
+            missing += file.look();
+        }
+        missing
     }
 
     /// What is in the map now, in order of IOVA.
@@ -239,7 +264,12 @@ impl MemoryMap {
             iommu: self.kind,
             usable: books.iovas.usable().to_vec(),
             mapped_bytes,
-            pinned_bytes: if books.iommu.pins_now() { mapped_bytes } else { 0 },
+            pinned_bytes: if books.iommu.pins_now() {
+                pinned_bytes(books.records.values(), books.iommu.as_ref())
+            } else {
+                0
+            },
+            discards: books.discards,
             devices: books.devices.clone(),
             extents,
         }
@@ -255,8 +285,10 @@ impl MemoryMap {
 mod tests {
     use super::*;
     use crate::address::{FrontendAddress, GuestAddress};
+    use crate::iommu::Accounting;
     use crate::iommu::fake::FakeKernel;
     use crate::memory::{DmaBuffer, FileError, TableHint, guard};
+    use crate::pci::testing::Nothing;
 
     const MIB: u64 = 1 << 20;
 
@@ -588,6 +620,142 @@ mod tests {
         assert!(map.snapshot().extents[0].file.contains("vuv-rings"));
         drop(buffer);
         assert_eq!(kernel.mapped(), vec![]);
+    }
+
+    fn card(index: u8) -> DeviceAddress {
+        DeviceAddress::Pci(format!("0000:01:00.{index}").parse().unwrap())
+    }
+
+    #[test]
+    fn r2_an_attach_that_would_strand_a_mapping_names_both_ranges_and_changes_nothing() {
+        let (kernel, map) = fake();
+        for index in 0..2 {
+            kernel.plug(&card(index), Arc::new(Nothing));
+        }
+        kernel.set_reach(&card(0), vec![0x10_0000..=0x1f_ffff]);
+        let file = memfd(4 * MIB);
+        let region = map.add("vm0", vec![region(&file, 0, 4 * MIB, 0)]).unwrap();
+        let _first = map.attach(&card(1)).unwrap();
+        let (before, usable) = (kernel.mapped(), map.snapshot().usable);
+        let start = before[0].0;
+        assert_eq!(
+            map.attach(&card(0)).unwrap_err().to_string(),
+            format!(
+                "device 0000:01:00.0 cannot reach what is mapped at {start:#x}-{:#x}; it reaches 0x100000-0x1fffff",
+                start + 4 * MIB - 1
+            )
+        );
+        assert_eq!((kernel.mapped(), map.snapshot().usable), (before, usable));
+        assert_eq!(kernel.attached(), vec![card(1)]);
+        map.let_go("vm0", region.extents()).unwrap();
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn r2_usable_ranges_narrow_with_a_device_and_widen_when_it_goes() {
+        let (kernel, map) = fake();
+        for (index, last) in [(0, (1 << 40) - 1), (1, (1 << 30) - 1)] {
+            kernel.plug(&card(index), Arc::new(Nothing));
+            kernel.set_reach(&card(index), vec![1 << 20..=last]);
+        }
+        let cautious = map.snapshot().usable;
+        let wide = map.attach(&card(0)).unwrap();
+        let narrow = map.attach(&card(1)).unwrap();
+        assert_eq!(map.snapshot().usable, vec![1 << 20..=(1 << 30) - 1]);
+        narrow.detach().unwrap();
+        assert_eq!(map.snapshot().usable, vec![1 << 20..=(1 << 40) - 1]);
+        wide.detach().unwrap();
+        assert_eq!(map.snapshot().usable, cautious);
+    }
+
+    #[test]
+    fn what_is_mapped_outside_of_the_cautious_ranges_stays_when_the_last_device_goes() {
+        let (kernel, map) = fake();
+        kernel.plug(&card(0), Arc::new(Nothing));
+        kernel.set_reach(&card(0), vec![1 << 40..=(1 << 41) - 1]);
+        let device = map.attach(&card(0)).unwrap();
+        let high = map.add("vm0", vec![region(&memfd(MIB), 0, MIB, 0)]).unwrap();
+        device.detach().unwrap();
+        assert_eq!(kernel.mapped(), vec![(1 << 40, MIB)]);
+        let device = map.attach(&card(0)).unwrap();
+        device.detach().unwrap();
+        let low = map.add("vm1", vec![region(&memfd(MIB), 0, MIB, 0)]).unwrap();
+        assert_eq!(kernel.mapped(), vec![(MIB, MIB), (1 << 40, MIB)]);
+        assert!(matches!(
+            map.attach(&card(0)),
+            Err(MapError::Strands { start: MIB, .. })
+        ));
+        map.let_go("vm1", low.extents()).unwrap();
+        map.let_go("vm0", high.extents()).unwrap();
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn a_region_over_the_limit_on_locked_memory_is_refused_before_anything_is_mapped() {
+        for accounting in [Accounting::PerProcess, Accounting::PerUser] {
+            let (kernel, map) = fake();
+            kernel.plug(&card(0), Arc::new(Nothing));
+            kernel.set_locked_memory(accounting, 8 * MIB, MIB);
+            let other = MemoryMap::new("other", kernel.beside().iommu());
+            let (file, third) = (memfd(4 * MIB), memfd(4 * MIB));
+            let _first = map.add("vm0", vec![region(&file, 0, 4 * MIB, 0)]).unwrap();
+            let _device = map.attach(&card(0)).unwrap();
+            let _second = other
+                .add("vm1", vec![region(&memfd(2 * MIB), 0, 2 * MIB, 0)])
+                .unwrap();
+            let before = kernel.mapped();
+            let refused = map.add("vm2", vec![region(&third, 0, 2 * MIB, 0)]).unwrap_err();
+            assert!(
+                matches!(refused, MapError::OverBudget { need, pinned, owed, elsewhere, limit, sum }
+                    if [need, pinned, owed, elsewhere, limit, sum]
+                        == [2 * MIB, 4 * MIB, 2 * MIB, MIB, 8 * MIB, 9 * MIB]),
+                "{refused}"
+            );
+            assert_eq!(kernel.mapped(), before);
+            // Bytes that are pinned already need nothing, and what fits still goes.
+            let _again = map.add("vm2", vec![region(&file, 0, 4 * MIB, 0)]).unwrap();
+            let _fits = map.add("vm2", vec![region(&third, 0, MIB, 0)]).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_attach_that_cannot_pin_what_is_mapped_says_how_many_bytes_are_missing() {
+        let (kernel, map) = fake();
+        kernel.plug(&card(0), Arc::new(Nothing));
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, 0);
+        let _region = map
+            .add("vm0", vec![region(&memfd(4 * MIB), 0, 4 * MIB, 0)])
+            .unwrap();
+        // Somebody else comes in between.
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, MIB);
+        let text = map.attach(&card(0)).unwrap_err().to_string();
+        assert!(
+            text.contains("limit on locked memory is 4194304: 1048576 bytes are missing"),
+            "{text}"
+        );
+        assert_eq!(kernel.attached(), vec![]);
+        kernel.set_locked_memory(Accounting::PerUser, 4 * MIB, 0);
+        map.attach(&card(0)).unwrap();
+    }
+
+    #[test]
+    fn r2_a_second_map_is_refused_a_sibling_and_told_which() {
+        let (kernel, map) = fake();
+        let other = MemoryMap::new("other", kernel.beside().iommu());
+        for index in 0..2 {
+            let DeviceAddress::Pci(address) = card(index) else {
+                unreachable!()
+            };
+            kernel.plug_in_group(address, Arc::new(Nothing), 7);
+        }
+        let _device = map.attach(&card(0)).unwrap();
+        let refused = other.attach(&card(1)).unwrap_err();
+        let text = std::error::Error::source(&refused).unwrap().to_string();
+        assert!(
+            text.contains("devices of one group share one map, so 0000:01:00.0 must be"),
+            "{text}"
+        );
+        map.attach(&card(1)).unwrap();
     }
 
     #[test]

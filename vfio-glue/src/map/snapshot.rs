@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 use super::books::{Record, UNMAP_FAILED};
+use super::files::FileId;
 use crate::address::Iova;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind, MappedBy};
 
@@ -16,10 +17,12 @@ pub struct MapSnapshot {
     pub iommu: IommuKind,
     /// Ranges of IOVA it allocates from.
     pub usable: Vec<RangeInclusive<u64>>,
-    /// Bytes mapped, each once.
+    /// Bytes mapped: those that two extents show, twice.
     pub mapped_bytes: u64,
     /// Bytes the kernel holds pinned for it now.
     pub pinned_bytes: u64,
+    /// Extents that were mapped anew because pages of theirs had been discarded behind the pin, so far.
+    pub discards: u64,
     /// The devices that see it.
     pub devices: Vec<DeviceAddress>,
     /// What is mapped, in order of IOVA.
@@ -37,11 +40,40 @@ pub struct ExtentSnapshot {
     pub file: String,
     /// Where it starts in the file, in bytes.
     pub file_offset: u64,
+    /// The pages it is made of that the IOMMU can translate as a whole, in bytes: those of the file where the IOVA is
+    /// congruent to them, else 4096. What the kernel joins beyond that it does not tell.
+    pub page_bytes: u64,
     /// How the IOMMU got it.
     pub by: MappedBy,
     /// Who asked for it, once for each time; `unmap failed` for a range that nobody has any more and that could not
     /// be taken from the devices.
     pub owners: Vec<String>,
+}
+
+/// How many bytes the kernel has pinned for what is mapped, while it pins.
+pub(super) fn pinned_bytes<'a>(records: impl Iterator<Item = &'a Record>, iommu: &dyn Iommu) -> u64 {
+    let mut ranges: Vec<(FileId, u64, u64)> = records
+        .map(|record| {
+            let range = record.extent.file_range();
+            (record.extent.key.file, range.start, range.end)
+        })
+        .collect();
+    if !iommu.shares_pins() {
+        return ranges.iter().map(|(_, start, end)| end - start).sum();
+    }
+    // Each byte once, however many extents show it.
+    ranges.sort_unstable();
+    let mut sum = 0;
+    let mut reached = None;
+    for (file, start, end) in ranges {
+        let from = match reached {
+            Some((of, to)) if of == file => start.max(to),
+            _ => start,
+        };
+        sum += end.saturating_sub(from);
+        reached = Some((file, end.max(from)));
+    }
+    sum
 }
 
 impl Record {
@@ -59,6 +91,7 @@ impl Record {
             len: self.extent.len(),
             file: file.map_or_else(|_| "?".to_owned(), |path| path.display().to_string()),
             file_offset: self.extent.file_offset(),
+            page_bytes: self.extent.page_bytes(),
             by,
             owners: if self.owners.is_empty() {
                 vec![UNMAP_FAILED.to_owned()]

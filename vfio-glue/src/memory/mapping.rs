@@ -139,6 +139,11 @@ impl MemoryFile {
         Ok(offset - offset % page..last)
     }
 
+    /// Whether the kernel tells where the file has holes; on hugetlbfs it does not.
+    pub(super) fn tells_holes(&self) -> bool {
+        self.page == SMALL_PAGE
+    }
+
     /// The error for a range that cannot be had of this file.
     pub(crate) fn out_of_bounds(&self, offset: u64, len: u64) -> FileError {
         let page = self.page;
@@ -150,6 +155,8 @@ impl MemoryFile {
 struct HostMapping {
     base: NonNull<u8>,
     len: usize,
+    /// Size in bytes of the file's pages.
+    page: u64,
     /// Always there until the mapping is dropped.
     guarded: Option<Guarded>,
 }
@@ -198,6 +205,7 @@ impl HostMapping {
         let mut mapping = Self {
             base,
             len: len_usize,
+            page,
             guarded: None,
         };
         mapping.guarded = guard(base.as_ptr().addr(), len_usize, page_usize, lost);
@@ -298,6 +306,11 @@ impl HostRange {
     /// It stays so: what is mapped here is not the guest's memory any more, whatever the file is like later.
     pub fn lost_memory(&self) -> bool {
         self.mapping.guarded.as_ref().is_some_and(Guarded::has_lost)
+    }
+
+    /// The size in bytes of the pages the file is made of.
+    pub fn page_bytes(&self) -> u64 {
+        self.mapping.page
     }
 
     /// The first byte's address in this process, as a number, for the kernel.

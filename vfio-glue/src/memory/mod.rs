@@ -6,8 +6,10 @@
 //! table.rs         one guest's view: guest-physical ──▶ IOVA and host bytes
 //! virtq_memory.rs  the three areas of a split virtqueue at raw-pointer cost
 //! dma_buffer.rs    memory of our own: descriptor rings and bounce slots
+//! discard.rs       pages taken from a pinned file behind our back
 //! ```
 
+mod discard;
 mod dma_buffer;
 pub mod guard;
 mod mapping;
@@ -15,6 +17,7 @@ mod region;
 mod table;
 mod virtq_memory;
 
+pub use discard::{Discarded, discarded};
 pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
 pub(crate) use mapping::MemoryFile;
 pub use mapping::{FileError, HostRange, HostSlice};

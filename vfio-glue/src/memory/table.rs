@@ -18,11 +18,21 @@ use crate::map::{Extent, ExtentPart, Leaving, MapError};
 
 /// Where a lookup found its answer last time, and how often each place was turned to. Each user of a table keeps one;
 /// guests go back to the same region nearly always.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct TableHint {
     at: usize,
     /// By segment: how often a lookup came here from another one.
     turns: Vec<u64>,
+}
+
+impl Default for TableHint {
+    fn default() -> Self {
+        Self {
+            // No segment's: the first lookup counts as a turn.
+            at: usize::MAX,
+            turns: Vec::new(),
+        }
+    }
 }
 
 /// Bytes that are contiguous for the guest, for the card and for us.
@@ -118,6 +128,12 @@ impl Table {
     /// Found when a lost byte is first touched, by any user of the table.
     pub fn lost_memory(&self) -> bool {
         self.segments.iter().any(|segment| segment.host.lost_memory())
+    }
+
+    /// Whether pages of this memory were found to have been discarded behind a pin
+    /// ([`find_discarded`](crate::map::MemoryMap::find_discarded)), so that devices see others than the guest.
+    pub fn has_discarded(&self) -> bool {
+        self.extents.iter().any(|extent| extent.is_discarded())
     }
 
     /// Finds the bytes the guest calls `start`, as many of `len` as are contiguous; ask again for the rest.

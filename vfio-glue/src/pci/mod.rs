@@ -12,7 +12,9 @@
 mod address;
 pub mod config_space;
 mod mmio;
-pub mod sysfs;
+pub(crate) mod sysfs;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod vfio;
 pub(crate) mod vfio_user;
 

@@ -15,7 +15,7 @@ use crate::iommu::IommuError;
 
 /// Where sysfs and the device nodes are. Tests have their own.
 #[derive(Clone, Debug)]
-pub struct Sysfs {
+pub(crate) struct Sysfs {
     sys: PathBuf,
     dev: PathBuf,
 }
@@ -28,7 +28,7 @@ impl Default for Sysfs {
 
 /// A function that is there, bound to a VFIO driver and in an IOMMU group.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// The function.
     pub address: PciAddress,
     /// Its IOMMU group.
@@ -39,7 +39,7 @@ pub struct Found {
 
 /// Another device of an IOMMU group.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sibling {
+pub(crate) struct Sibling {
     /// Its name, for a PCI function the address.
     pub name: String,
     /// Its driver, if it has one.
@@ -64,7 +64,7 @@ fn is_vfio(driver: &str) -> bool {
 
 impl Sysfs {
     /// Looks below other folders than `/sys` and `/dev`.
-    pub fn at(sys: PathBuf, dev: PathBuf) -> Self {
+    pub(crate) fn at(sys: PathBuf, dev: PathBuf) -> Self {
         Self { sys, dev }
     }
 
@@ -74,7 +74,7 @@ impl Sysfs {
     ///
     /// [`IommuError::NoSuchDevice`], [`IommuError::NotBound`], [`IommuError::NoIommu`], or
     /// [`IommuError::Call`] if sysfs cannot be read.
-    pub fn find(&self, address: PciAddress) -> Result<Found, IommuError> {
+    pub(crate) fn find(&self, address: PciAddress) -> Result<Found, IommuError> {
         let folder = self.function(address);
         if !folder.exists() {
             return Err(IommuError::NoSuchDevice { address });
@@ -99,7 +99,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`IommuError::Call`] if sysfs cannot be read.
-    pub fn siblings(&self, found: &Found) -> Result<Vec<Sibling>, IommuError> {
+    pub(crate) fn siblings(&self, found: &Found) -> Result<Vec<Sibling>, IommuError> {
         let folder = self.function(found.address).join("iommu_group/devices");
         let failed = sysfs_error(&folder);
         let own = found.address.to_string();
@@ -158,18 +158,30 @@ impl Sysfs {
     }
 
     /// The iommufd node.
-    pub fn iommufd(&self) -> PathBuf {
+    pub(crate) fn iommufd(&self) -> PathBuf {
         self.dev.join("iommu")
     }
 
     /// The node from which containers are made.
-    pub fn container(&self) -> PathBuf {
+    pub(crate) fn container(&self) -> PathBuf {
         self.dev.join("vfio/vfio")
     }
 
     /// The node of an IOMMU group.
-    pub fn group(&self, group: u32) -> PathBuf {
+    pub(crate) fn group(&self, group: u32) -> PathBuf {
         self.dev.join("vfio").join(group.to_string())
+    }
+
+    /// How many mappings type1 takes for one map (TRAPS 27), or `None` while its module is not loaded.
+    pub(crate) fn type1_mappings_limit(&self) -> Option<usize> {
+        let text = fs::read_to_string(self.type1_mappings_limit_parameter()).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// Where that limit is set.
+    pub(crate) fn type1_mappings_limit_parameter(&self) -> PathBuf {
+        self.sys
+            .join("module/vfio_iommu_type1/parameters/dma_entry_limit")
     }
 
     /// Where a function's character node would be listed, for the error that says there is none.
