@@ -103,6 +103,7 @@ fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryErr
         }
         Order::MapCreate(map) => inventory.create_map(map, &[])?,
         Order::MapDestroy { name } => inventory.destroy_map(name)?,
+        Order::MapCheck { name } => inventory.check_maps(name.as_deref())?,
         Order::DeviceAttach { device, port } => inventory.attach_device(device, port)?,
         Order::DeviceDetach { device } => inventory.detach_device(device)?,
         Order::PortAdd(port) => inventory.add_port(port)?,
@@ -227,6 +228,14 @@ pub fn ask(path: &Path, order: &Order) -> Result<Value, AskError> {
 mod tests {
     use super::*;
 
+    struct AskOnDrop<'a>(&'a Stop);
+
+    impl Drop for AskOnDrop<'_> {
+        fn drop(&mut self) {
+            self.0.ask();
+        }
+    }
+
     fn empty() -> Arc<Inventory> {
         Inventory::new(Vec::new(), None, &Stop::new().unwrap()).unwrap()
     }
@@ -266,10 +275,10 @@ mod tests {
         let inventory = empty();
         std::thread::scope(|scope| {
             scope.spawn(|| control.serve(&inventory, &stop));
-            assert_eq!(
-                ask(&path, &Order::Stats).unwrap(),
-                json!({ "ports": [], "maps": [] })
-            );
+            // Whatever fails: the scope waits for the server.
+            let _stop = AskOnDrop(&stop);
+            let stats = ask(&path, &Order::Stats).unwrap();
+            assert_eq!((&stats["ports"], &stats["maps"]), (&json!([]), &json!([])));
             let none = Order::MapDestroy { name: "x".to_owned() };
             assert_eq!(
                 ask(&path, &none).unwrap(),
@@ -282,7 +291,6 @@ mod tests {
                 ask(&path, &unknown).unwrap_err().to_string(),
                 "there is no map `x`; there is none"
             );
-            stop.ask();
         });
         let error = ask(&path, &Order::Stats).unwrap_err().to_string();
         assert_eq!(

@@ -155,6 +155,14 @@ pub enum InventoryError {
     /// The port's device cannot be changed.
     #[error(transparent)]
     Port(#[from] PortError),
+    /// Memory that was discarded behind a pin could not be mapped anew.
+    #[error("discarded memory of port {port} is not mapped anew")]
+    Discarded {
+        /// The port.
+        port: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The system gives no more threads or descriptors.
     #[error("port {port} cannot be served")]
     Serve {
@@ -305,6 +313,44 @@ impl Inventory {
         drop(entry);
         tracing::info!(map = name, "map destroyed");
         Ok(Outcome::Changed(format!("map {name} is destroyed")))
+    }
+
+    /// Looks for guest memory that was discarded behind the pins of a map, or of all, and has it mapped anew.
+    ///
+    /// Blocks while the kernel looks, and while lanes that use such memory are drained.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError::NoMap`], or [`InventoryError::Discarded`] if what was found could not be mapped anew.
+    pub fn check_maps(&self, name: Option<&str>) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let maps = match name {
+            Some(name) => vec![self.map(name)?],
+            None => self.maps(),
+        };
+        let ports = self.ports();
+        let ports = ports
+            .iter()
+            .filter(|port| maps.iter().any(|map| Arc::ptr_eq(map, port.map())));
+        let mut found = Vec::new();
+        for port in ports {
+            let missing = port
+                .renew_discarded()
+                .map_err(|source| InventoryError::Discarded {
+                    port: port.name().to_owned(),
+                    source,
+                })?;
+            if missing > 0 {
+                found.push(format!("{missing} bytes of port {}", port.name()));
+            }
+        }
+        if found.is_empty() {
+            return Ok(Outcome::AlreadySo("no discarded memory was found".to_owned()));
+        }
+        Ok(Outcome::Changed(format!(
+            "{} had been discarded and are mapped anew",
+            found.join(", ")
+        )))
     }
 
     /// Adds ports, all or none: sockets are bound before a device is touched, so that the cheap mistakes come first, and

@@ -135,6 +135,14 @@ pub trait Occupant: Send + Sync {
     ///
     /// Blocks for as long as that takes, and keeps the front-end waiting for so long.
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes);
+
+    /// Looks for memory of the guest that was discarded behind its pins, has it mapped anew, and returns how many bytes
+    /// were missing.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be mapped anew.
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// What becomes of a port's lanes when something was done to its device.
@@ -152,6 +160,10 @@ struct Vacant;
 impl Occupant for Vacant {
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         work();
+    }
+
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(0)
     }
 }
 
@@ -271,6 +283,18 @@ impl Port {
     /// Keeps memory mapped that a stuck device may still use. It goes with the next reset that helps.
     pub fn abandon(&self, extents: Vec<Arc<Extent>>) {
         self.state().abandoned.extend(extents);
+    }
+
+    /// Has memory of whoever is connected that was discarded behind its pins mapped anew, and returns how many bytes
+    /// were missing.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be mapped anew.
+    pub fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        // The occupant comes back here for its lanes, so it is asked with nothing held.
+        let occupant = self.state().occupant.upgrade();
+        occupant.map_or(Ok(0), |occupant| occupant.renew_discarded())
     }
 
     /// Takes note of the guest's memory, for `stats`.

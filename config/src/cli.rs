@@ -197,6 +197,14 @@ enum MapCommand {
         #[command(flatten)]
         reach: Reach,
     },
+    /// Look for memory that a balloon or its like took from a guest while it is pinned, and map it anew.
+    Check {
+        /// One map. Without it, all of them.
+        #[arg(value_parser = value::name)]
+        name: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+    },
     /// Show maps: what is mapped where, for whom, and what is free.
     Show {
         /// One map. Without it, all of them.
@@ -297,6 +305,7 @@ impl From<ControlCommand> for Command {
                 map_by,
             }) => (reach, Order::MapCreate(MapConfig { name, iommu, map_by })),
             ControlCommand::Map(MapCommand::Destroy { name, reach }) => (reach, Order::MapDestroy { name }),
+            ControlCommand::Map(MapCommand::Check { name, reach }) => (reach, Order::MapCheck { name }),
             ControlCommand::Map(MapCommand::Show { name, reach, json }) => {
                 if json {
                     form = AnswerForm::Json;
@@ -848,6 +857,7 @@ mod tests {
             })
         );
         assert_eq!(order("map destroy x"), Order::MapDestroy { name: name() });
+        assert_eq!(order("map check"), Order::MapCheck { name: None });
         assert_eq!(order("map show"), Order::MapShow { name: None });
         assert_eq!(
             asked("map show x --json --control /run/c"),

@@ -29,6 +29,11 @@ pub enum Order {
         /// The map.
         name: String,
     },
+    /// Look for memory that was discarded behind the pins of a map, or of all, and map it anew.
+    MapCheck {
+        /// The map; `None` for all.
+        name: Option<String>,
+    },
     /// Show a map, or all.
     MapShow {
         /// The map; `None` for all.
@@ -101,7 +106,7 @@ struct Shape {
     keys: &'static [&'static str],
 }
 
-const COMMANDS: [Shape; 8] = [
+const COMMANDS: [Shape; 9] = [
     Shape {
         command: "stats",
         keys: &[],
@@ -112,6 +117,10 @@ const COMMANDS: [Shape; 8] = [
     },
     Shape {
         command: "map-destroy",
+        keys: &["name"],
+    },
+    Shape {
+        command: "map-check",
         keys: &["name"],
     },
     Shape {
@@ -168,6 +177,7 @@ impl Order {
             Self::Stats => "stats",
             Self::MapCreate(_) => "map-create",
             Self::MapDestroy { .. } => "map-destroy",
+            Self::MapCheck { .. } => "map-check",
             Self::MapShow { .. } => "map-show",
             Self::DeviceAttach { .. } => "device-attach",
             Self::DeviceDetach { .. } => "device-detach",
@@ -181,13 +191,16 @@ impl Order {
     /// A path that is no Unicode is shown with replacements: the control socket speaks text.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
-            Self::Stats | Self::MapShow { name: None } => Vec::new(),
+            Self::Stats | Self::MapShow { name: None } | Self::MapCheck { name: None } => Vec::new(),
             Self::MapCreate(map) => vec![
                 ("name", map.name.clone()),
                 ("iommu", map.iommu.as_str().to_owned()),
                 ("map-by", map.map_by.as_str().to_owned()),
             ],
-            Self::MapDestroy { name } | Self::MapShow { name: Some(name) } | Self::PortRemove { name } => {
+            Self::MapDestroy { name }
+            | Self::MapShow { name: Some(name) }
+            | Self::MapCheck { name: Some(name) }
+            | Self::PortRemove { name } => {
                 vec![("name", name.clone())]
             }
             Self::DeviceAttach { device, port } => {
@@ -225,6 +238,9 @@ impl Order {
             })),
             "map-destroy" => Ok(Self::MapDestroy {
                 name: fields.require("name", value::name)?,
+            }),
+            "map-check" => Ok(Self::MapCheck {
+                name: fields.get("name", value::name)?,
             }),
             "map-show" => Ok(Self::MapShow {
                 name: fields.get("name", value::name)?,
@@ -382,6 +398,10 @@ mod tests {
                 map_by: MapBy::Address,
             }),
             Order::MapDestroy { name: name.clone() },
+            Order::MapCheck { name: None },
+            Order::MapCheck {
+                name: Some(name.clone()),
+            },
             Order::MapShow { name: None },
             Order::MapShow {
                 name: Some(name.clone()),
@@ -433,7 +453,7 @@ mod tests {
         );
         assert_eq!(
             error("fly", &[]),
-            "there is no command `fly`; known are stats, map-create, map-destroy, map-show, device-attach, \
+            "there is no command `fly`; known are stats, map-create, map-destroy, map-check, map-show, device-attach, \
              device-detach, port-add, port-remove"
         );
         assert_eq!(

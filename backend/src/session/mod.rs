@@ -271,6 +271,10 @@ impl Session {
 }
 
 impl Occupant for Session {
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(Session::renew_discarded(self)?)
+    }
+
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         let mut state = self.state();
         let stopped = self.halt_all(&mut state);
