@@ -37,7 +37,7 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// One IOAS and the devices on it.
-pub struct Iommufd {
+pub(super) struct Iommufd {
     iommufd: File,
     ioas: u32,
     by: By,
@@ -67,10 +67,6 @@ impl Iommufd {
     ///
     /// [`IommuError::Open`], [`IommuError::MapByFile`] if `map_by` asks for what this kernel has not, or
     /// [`IommuError::Call`].
-    pub fn new(map_by: MapBy) -> Result<Self, IommuError> {
-        Self::with(map_by, Sysfs::default())
-    }
-
     pub(super) fn with(map_by: MapBy, sysfs: Sysfs) -> Result<Self, IommuError> {
         let path = sysfs.iommufd();
         let iommufd = node::open(&path, node::IOMMUFD_ABSENT)?;
