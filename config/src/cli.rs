@@ -152,7 +152,13 @@ struct ProcessFlags {
 #[derive(Debug, Subcommand)]
 enum ControlCommand {
     /// Print the counters of a running process as JSON.
-    Stats(Reach),
+    Stats {
+        #[command(flatten)]
+        reach: Reach,
+        /// Say of each lane where its buffers are, too. It has to be asked for that, which wakes its worker.
+        #[arg(long)]
+        buffers: bool,
+    },
     /// Make, remove and show the memory maps of a running process.
     #[command(subcommand)]
     Map(MapCommand),
@@ -294,9 +300,9 @@ impl From<ControlCommand> for Command {
     fn from(command: ControlCommand) -> Self {
         let mut form = AnswerForm::Text;
         let (reach, order) = match command {
-            ControlCommand::Stats(reach) => {
+            ControlCommand::Stats { reach, buffers } => {
                 form = AnswerForm::Json;
-                (reach, Order::Stats)
+                (reach, Order::Stats { buffers })
             }
             ControlCommand::Map(MapCommand::Create {
                 name,
@@ -825,7 +831,10 @@ mod tests {
 
     #[test]
     fn stats_asks_a_running_process() {
-        assert_eq!(asked("stats --control /run/c"), (Order::Stats, AnswerForm::Json));
+        for (flag, buffers) in [("", false), (" --buffers", true)] {
+            let asked = asked(&format!("stats{flag} --control /run/c"));
+            assert_eq!(asked, (Order::Stats { buffers }, AnswerForm::Json));
+        }
         assert!(error("stats").contains("--control <PATH>"));
         assert_eq!(typed("statz --control c").unwrap_err().exit_code(), 2);
         assert_eq!(

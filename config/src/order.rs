@@ -21,7 +21,10 @@ use crate::value::{self, ValueError};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
     /// Show counters and maps.
-    Stats,
+    Stats {
+        /// Where each lane's buffers are, too. Asking that wakes the workers.
+        buffers: bool,
+    },
     /// Have a map like this.
     MapCreate(MapConfig),
     /// Have no map of this name.
@@ -109,7 +112,7 @@ struct Shape {
 const COMMANDS: [Shape; 9] = [
     Shape {
         command: "stats",
-        keys: &[],
+        keys: &["buffers"],
     },
     Shape {
         command: "map-create",
@@ -164,7 +167,6 @@ impl fmt::Display for Hint<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match nearest(self.word, self.known.iter().copied()) {
             Some(word) => write!(f, "; did you mean `{word}`?"),
-            None if self.known.is_empty() => f.write_str("; it has none"),
             None => write!(f, "; known are {}", self.known.join(", ")),
         }
     }
@@ -174,7 +176,7 @@ impl Order {
     /// The command's word on the control socket.
     pub fn command(&self) -> &'static str {
         match self {
-            Self::Stats => "stats",
+            Self::Stats { .. } => "stats",
             Self::MapCreate(_) => "map-create",
             Self::MapDestroy { .. } => "map-destroy",
             Self::MapCheck { .. } => "map-check",
@@ -191,7 +193,10 @@ impl Order {
     /// A path that is no Unicode is shown with replacements: the control socket speaks text.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
-            Self::Stats | Self::MapShow { name: None } | Self::MapCheck { name: None } => Vec::new(),
+            Self::Stats { buffers: true } => vec![("buffers", "true".to_owned())],
+            Self::Stats { buffers: false } | Self::MapShow { name: None } | Self::MapCheck { name: None } => {
+                Vec::new()
+            }
             Self::MapCreate(map) => vec![
                 ("name", map.name.clone()),
                 ("iommu", map.iommu.as_str().to_owned()),
@@ -256,7 +261,9 @@ impl Order {
             "port-remove" => Ok(Self::PortRemove {
                 name: fields.require("name", value::name)?,
             }),
-            _ => Ok(Self::Stats),
+            _ => Ok(Self::Stats {
+                buffers: fields.get("buffers", boolean)?.unwrap_or(false),
+            }),
         }
     }
 }
@@ -391,7 +398,8 @@ mod tests {
         let name = "tenant-b".to_owned();
         let device: DeviceSpec = "vfio-user:/run/card".parse().unwrap();
         let orders = [
-            Order::Stats,
+            Order::Stats { buffers: false },
+            Order::Stats { buffers: true },
             Order::MapCreate(MapConfig {
                 name: name.clone(),
                 iommu: IommuChoice::VfioUser,
@@ -458,7 +466,7 @@ mod tests {
         );
         assert_eq!(
             error("stats", &[("port", "a")]),
-            "command `stats` has no key `port`; it has none"
+            "command `stats` has no key `port`; known are buffers"
         );
         assert_eq!(
             error("port-add", &[("name", "a"), ("mut", "1400")]),
