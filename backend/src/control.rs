@@ -1,8 +1,12 @@
 //! The operator's socket: one JSON object a line in, one a line out. Mode 0600.
 //!
 //! ```text
-//! {"command":"stats"}  ──▶  {"ok":{"ports":[…],"maps":[…]}}   or   {"error":"…"}
+//! {"command":"stats"}                         ──▶  {"ok":{"ports":[…],"maps":[…]}}        or  {"error":"…"}
+//! {"command":"map-create","name":"tenant-b"}  ──▶  {"ok":{"changed":true,"text":"…"}}
 //! ```
+//!
+//! What can be asked, and with which keys, is `config`'s [`Order`]. Values are text; numbers, `true` and `false` may
+//! stand without quotes.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
@@ -12,12 +16,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-use vfio_glue::map::MemoryMap;
+use config::Order;
+use serde_json::{Map, Value, json};
 
 use crate::endpoint::{EndpointError, OwnPath, listen};
-use crate::port::Port;
+use crate::inventory::{Inventory, InventoryError, Outcome};
 use crate::report::Report;
 use crate::signals::{Stop, Woken};
 
@@ -25,14 +28,6 @@ const MODE: u32 = 0o600;
 const MAX_REQUEST_BYTES: u64 = 64 * 1024;
 const MAX_CLIENTS: usize = 16;
 const CLIENT_BOUND: Duration = Duration::from_secs(5);
-
-/// What an operator may ask.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Request {
-    /// Counters and maps.
-    Stats,
-}
 
 /// Why a question had no answer.
 #[derive(Debug, thiserror::Error)]
@@ -58,22 +53,77 @@ pub enum AskError {
     Refused(String),
 }
 
-/// What is there to be asked about.
-#[derive(Debug)]
-pub struct Subjects {
-    /// The ports.
-    pub ports: Vec<Arc<Port>>,
-    /// The maps.
-    pub maps: Vec<Arc<MemoryMap>>,
-}
-
-impl Subjects {
-    fn answer(&self, line: &str) -> Value {
-        match serde_json::from_str(line) {
-            Ok(Request::Stats) => json!({ "ok": Report::of(&self.ports, &self.maps) }),
-            Err(error) => json!({ "error": format!("not understood: {error}") }),
+/// Does what one line asks for, and returns the line that answers it.
+fn answer(inventory: &Arc<Inventory>, line: &str) -> Value {
+    let order = match read(line) {
+        Ok(order) => order,
+        Err(error) => return json!({ "error": format!("not understood: {error}") }),
+    };
+    tracing::debug!(command = order.command(), "operator");
+    match obey(inventory, &order) {
+        Ok(value) => json!({ "ok": value }),
+        Err(error) => {
+            let error = chain(&error);
+            if order != Order::Stats {
+                tracing::warn!(command = order.command(), "refused: {error}");
+            }
+            json!({ "error": error })
         }
     }
+}
+
+fn read(line: &str) -> Result<Order, String> {
+    let mut object: Map<String, Value> = serde_json::from_str(line).map_err(|error| error.to_string())?;
+    let command = match object.remove("command") {
+        Some(Value::String(command)) => command,
+        _ => return Err("there is no `command`".to_owned()),
+    };
+    let mut fields = Vec::new();
+    for (key, value) in object {
+        let text = match value {
+            Value::String(text) => text,
+            Value::Number(number) => number.to_string(),
+            Value::Bool(flag) => flag.to_string(),
+            _ => return Err(format!("`{key}` is neither text, a number, true nor false")),
+        };
+        fields.push((key, text));
+    }
+    Order::read(&command, &fields).map_err(|error| chain(&error))
+}
+
+fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryError> {
+    let outcome = match order {
+        Order::Stats => return Ok(json!(Report::of(&inventory.ports(), &inventory.maps()))),
+        Order::MapShow { name } => {
+            let maps = match name {
+                Some(name) => vec![inventory.map(name)?],
+                None => inventory.maps(),
+            };
+            return Ok(json!({ "maps": Report::of(&[], &maps).maps }));
+        }
+        Order::MapCreate(map) => inventory.create_map(map, &[])?,
+        Order::MapDestroy { name } => inventory.destroy_map(name)?,
+        Order::DeviceAttach { device, port } => inventory.attach_device(device, port)?,
+        Order::DeviceDetach { device } => inventory.detach_device(device)?,
+        Order::PortAdd(port) => inventory.add_port(port)?,
+        Order::PortRemove { name } => inventory.remove_port(name)?,
+    };
+    Ok(match outcome {
+        Outcome::Changed(text) => json!({ "changed": true, "text": text }),
+        Outcome::AlreadySo(text) => json!({ "changed": false, "text": text }),
+    })
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// The control socket, bound and not served yet.
@@ -95,7 +145,7 @@ impl Control {
     }
 
     /// Answers until the process stops, each client in a thread of its own.
-    pub fn serve(self, subjects: &Subjects, stop: &Stop) {
+    pub fn serve(self, inventory: &Arc<Inventory>, stop: &Stop) {
         let clients = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             while stop.wait(Some(self.listener.as_fd()), None) == Woken::Ready {
@@ -110,7 +160,7 @@ impl Control {
                 clients.fetch_add(1, Ordering::Relaxed);
                 let clients = &clients;
                 scope.spawn(move || {
-                    if let Err(error) = converse(&stream, subjects, stop) {
+                    if let Err(error) = converse(&stream, inventory, stop) {
                         tracing::debug!(%error, "a control client left early");
                     }
                     clients.fetch_sub(1, Ordering::Relaxed);
@@ -120,7 +170,7 @@ impl Control {
     }
 }
 
-fn converse(stream: &UnixStream, subjects: &Subjects, stop: &Stop) -> std::io::Result<()> {
+fn converse(stream: &UnixStream, inventory: &Arc<Inventory>, stop: &Stop) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(CLIENT_BOUND))?;
     stream.set_write_timeout(Some(CLIENT_BOUND))?;
@@ -134,19 +184,19 @@ fn converse(stream: &UnixStream, subjects: &Subjects, stop: &Stop) -> std::io::R
         if reader.by_ref().take(MAX_REQUEST_BYTES).read_line(&mut line)? == 0 {
             return Ok(());
         }
-        let mut answer = subjects.answer(&line).to_string();
+        let mut answer = answer(inventory, &line).to_string();
         answer.push('\n');
         let mut out = stream;
         out.write_all(answer.as_bytes())?;
     }
 }
 
-/// Asks a running process and returns what it says.
+/// Asks a running process and returns what it says. Blocks for as long as it takes to do what is asked.
 ///
 /// # Errors
 ///
 /// [`AskError`].
-pub fn ask(path: &Path, request: &Request) -> Result<Value, AskError> {
+pub fn ask(path: &Path, order: &Order) -> Result<Value, AskError> {
     let exchange = |source| AskError::Exchange {
         path: path.to_owned(),
         source,
@@ -155,8 +205,15 @@ pub fn ask(path: &Path, request: &Request) -> Result<Value, AskError> {
         path: path.to_owned(),
         source,
     })?;
-    let line = serde_json::to_string(request).map_err(|error| exchange(error.into()))?;
-    writeln!(stream, "{line}").map_err(exchange)?;
+    let mut request = Map::new();
+    request.insert("command".to_owned(), order.command().into());
+    request.extend(
+        order
+            .fields()
+            .into_iter()
+            .map(|(key, text)| (key.to_owned(), text.into())),
+    );
+    writeln!(stream, "{}", Value::Object(request)).map_err(exchange)?;
     let mut answer = String::new();
     BufReader::new(&stream).read_line(&mut answer).map_err(exchange)?;
     let mut answer: Value = serde_json::from_str(&answer).map_err(|error| exchange(error.into()))?;
@@ -170,14 +227,23 @@ pub fn ask(path: &Path, request: &Request) -> Result<Value, AskError> {
 mod tests {
     use super::*;
 
+    fn empty() -> Arc<Inventory> {
+        Inventory::new(Vec::new(), None, &Stop::new().unwrap()).unwrap()
+    }
+
     #[test]
     fn what_is_not_understood_is_answered_and_the_next_line_served() {
-        let subjects = Subjects {
-            ports: Vec::new(),
-            maps: Vec::new(),
-        };
-        for line in ["", "stats", "{\"command\":\"fly\"}", "{}"] {
-            let answer = subjects.answer(line);
+        let inventory = empty();
+        for line in [
+            "",
+            "stats",
+            "{\"command\":\"fly\"}",
+            "{\"command\":7}",
+            "{}",
+            "{\"command\":\"map-show\",\"name\":[]}",
+            "{\"command\":\"port-add\",\"name\":\"a\",\"socket-path\":\"s\",\"mtu\":9000}",
+        ] {
+            let answer = answer(&inventory, line);
             assert!(
                 answer["error"]
                     .as_str()
@@ -186,7 +252,7 @@ mod tests {
             );
         }
         assert_eq!(
-            subjects.answer("{\"command\":\"stats\"}")["ok"]["ports"],
+            answer(&inventory, "{\"command\":\"stats\"}")["ok"]["ports"],
             json!([])
         );
     }
@@ -197,17 +263,28 @@ mod tests {
         let path = folder.path().join("control");
         let control = Control::open(&path).unwrap();
         let stop = Stop::new().unwrap();
-        let subjects = Subjects {
-            ports: Vec::new(),
-            maps: Vec::new(),
-        };
+        let inventory = empty();
         std::thread::scope(|scope| {
-            scope.spawn(|| control.serve(&subjects, &stop));
-            let stats = ask(&path, &Request::Stats).unwrap();
-            assert_eq!((&stats["ports"], &stats["maps"]), (&json!([]), &json!([])));
+            scope.spawn(|| control.serve(&inventory, &stop));
+            assert_eq!(
+                ask(&path, &Order::Stats).unwrap(),
+                json!({ "ports": [], "maps": [] })
+            );
+            let none = Order::MapDestroy { name: "x".to_owned() };
+            assert_eq!(
+                ask(&path, &none).unwrap(),
+                json!({ "changed": false, "text": "there is no map x" })
+            );
+            let unknown = Order::MapShow {
+                name: Some("x".to_owned()),
+            };
+            assert_eq!(
+                ask(&path, &unknown).unwrap_err().to_string(),
+                "there is no map `x`; there is none"
+            );
             stop.ask();
         });
-        let error = ask(&path, &Request::Stats).unwrap_err().to_string();
+        let error = ask(&path, &Order::Stats).unwrap_err().to_string();
         assert_eq!(
             error,
             format!("cannot reach a running vhost-user-vfio at {}", path.display())

@@ -6,10 +6,9 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use backend::control::{self, Request};
-use backend::process;
 use backend::signals::Stop;
-use config::{Command, Config};
+use backend::{control, process, show};
+use config::{AnswerForm, Command, Config, Order};
 
 fn main() -> ExitCode {
     let command = match config::parse(std::env::args_os()) {
@@ -26,7 +25,7 @@ fn main() -> ExitCode {
             println!("{{\n  \"type\": \"net\",\n  \"features\": []\n}}");
             Ok(())
         }
-        Command::Stats { control } => stats(&control),
+        Command::Ask { control, order, form } => ask(&control, &order, form),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -50,8 +49,14 @@ fn run(config: &Config) -> Result<()> {
     process::run(config, &stop)
 }
 
-fn stats(control: &std::path::Path) -> Result<()> {
-    let answer = control::ask(control, &Request::Stats)?;
-    println!("{}", serde_json::to_string_pretty(&answer)?);
+fn ask(control: &std::path::Path, order: &Order, form: AnswerForm) -> Result<()> {
+    let answer = control::ask(control, order)?;
+    match form {
+        AnswerForm::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
+        AnswerForm::Text => print!(
+            "{}",
+            show::answer(&answer).context("the answer is not understood")?
+        ),
+    }
     Ok(())
 }

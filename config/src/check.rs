@@ -1,17 +1,20 @@
 //! What no single setting can tell: whether all of them hold together.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::map::{IommuChoice, MapConfig};
 use crate::nearest::nearest;
-use crate::port::{PortConfig, SocketSpec};
+use crate::port::{PortConfig, SocketSpec, same_path};
 use crate::{Config, DeviceSpec, defaults};
 
 /// How two settings contradict each other. Both are named, by their path in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// Nothing to serve.
-    #[error("no port is configured; a port is a table [port.NAME] with a device and a socket-path")]
+    /// Nothing to serve, now or later.
+    #[error(
+        "no port is configured, and no control socket to add one by; a port is a table [port.NAME] with a device and a \
+         socket-path"
+    )]
     NoPorts,
     /// Two ports want the whole of one device.
     #[error("`port.{second}.device` is {device}, which `port.{first}.device` has already")]
@@ -68,16 +71,46 @@ pub enum ConfigError {
     },
     /// A PCI device whose DMA nothing would confine.
     #[error(
-        "`map.{map}.iommu` is none, and `port.{port}` uses it with PCI device {device}, whose DMA needs an IOMMU: \
-         set auto, iommufd or type1"
+        "`map.{map}.iommu` is {}, and `port.{port}` uses it with PCI device {device}, whose DMA needs an IOMMU: \
+         set auto, iommufd or type1", iommu.as_str()
     )]
     MapWithoutIommu {
         /// The map.
         map: String,
+        /// `none` or `vfio-user`.
+        iommu: IommuChoice,
         /// The port.
         port: String,
         /// Its device.
         device: DeviceSpec,
+    },
+    /// A device in another process, on a map that nobody tells it of.
+    #[error(
+        "`map.{map}.iommu` is {}, and `port.{port}` uses it with {device}, which learns of memory by vfio-user: \
+         set auto or vfio-user", iommu.as_str()
+    )]
+    MapWithoutMessages {
+        /// The map.
+        map: String,
+        /// What its file says.
+        iommu: IommuChoice,
+        /// The port.
+        port: String,
+        /// Its device.
+        device: DeviceSpec,
+    },
+    /// Devices that no one map can serve.
+    #[error(
+        "map `{map}` is used by `port.{pci}` with a PCI device and by `port.{served}` with one in another process: give \
+         each kind a map of its own"
+    )]
+    MixedMap {
+        /// The map.
+        map: String,
+        /// The port with the PCI device.
+        pci: String,
+        /// The port with the other.
+        served: String,
     },
 }
 
@@ -120,11 +153,20 @@ impl Config {
                     known,
                 });
             };
-            if map.iommu == IommuChoice::None && matches!(port.device, DeviceSpec::Pci(_)) {
-                return Err(ConfigError::MapWithoutIommu {
+            check_device(map, port)?;
+        }
+        for map in &self.maps {
+            let user = |is_kind: fn(&DeviceSpec) -> bool| {
+                let mut users = self.ports.iter().filter(|port| port.map == map.name);
+                users.find(|port| port.device.as_ref().is_some_and(is_kind))
+            };
+            let pci = user(|device| matches!(device, DeviceSpec::Pci(_)));
+            let served = user(|device| matches!(device, DeviceSpec::VfioUser(_)));
+            if let (Some(pci), Some(served)) = (pci, served) {
+                return Err(ConfigError::MixedMap {
                     map: map.name.clone(),
-                    port: port.name.clone(),
-                    device: port.device.clone(),
+                    pci: pci.name.clone(),
+                    served: served.name.clone(),
                 });
             }
         }
@@ -132,14 +174,14 @@ impl Config {
     }
 
     fn check_ports(&self) -> Result<(), ConfigError> {
-        if self.ports.is_empty() {
+        if self.ports.is_empty() && self.control.is_none() {
             return Err(ConfigError::NoPorts);
         }
         for (index, port) in self.ports.iter().enumerate() {
             for earlier in self.ports.iter().take(index) {
                 check_pair(earlier, port)?;
             }
-            if let (Some(control), Some(path)) = (&self.control, socket_path(port))
+            if let (Some(control), Some(path)) = (&self.control, port.socket.path())
                 && same_path(control, path)
             {
                 return Err(ConfigError::ControlSocket {
@@ -152,17 +194,48 @@ impl Config {
     }
 }
 
+/// Whether the port's device can be on the map, if what the map is has been written down.
+fn check_device(map: &MapConfig, port: &PortConfig) -> Result<(), ConfigError> {
+    let names = |device: &DeviceSpec| (map.name.clone(), port.name.clone(), device.clone());
+    match (&port.device, map.iommu) {
+        (Some(device @ DeviceSpec::Pci(_)), iommu @ (IommuChoice::None | IommuChoice::VfioUser)) => {
+            let (map, port, device) = names(device);
+            Err(ConfigError::MapWithoutIommu {
+                map,
+                iommu,
+                port,
+                device,
+            })
+        }
+        (
+            Some(device @ DeviceSpec::VfioUser(_)),
+            iommu @ (IommuChoice::None | IommuChoice::Iommufd | IommuChoice::Type1),
+        ) => {
+            let (map, port, device) = names(device);
+            Err(ConfigError::MapWithoutMessages {
+                map,
+                iommu,
+                port,
+                device,
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
 fn check_pair(first: &PortConfig, second: &PortConfig) -> Result<(), ConfigError> {
     let names = || (first.name.clone(), second.name.clone());
-    if same_device(&first.device, &second.device) {
-        let (first, second_name) = names();
+    if let (Some(one), Some(other)) = (&first.device, &second.device)
+        && one.is_same_as(other)
+    {
+        let (first, second) = names();
         return Err(ConfigError::SameDevice {
             first,
-            second: second_name,
-            device: second.device.clone(),
+            second,
+            device: other.clone(),
         });
     }
-    if let (Some(one), Some(other)) = (socket_path(first), socket_path(second))
+    if let (Some(one), Some(other)) = (first.socket.path(), second.socket.path())
         && same_path(one, other)
     {
         let (first, second) = names();
@@ -185,39 +258,30 @@ fn check_pair(first: &PortConfig, second: &PortConfig) -> Result<(), ConfigError
     Ok(())
 }
 
-/// `auto` for a map that some port uses and no PCI device does means no IOMMU, so that a tap or a device in
-/// another process works on a machine that has none.
+/// Says what `auto` means, where the devices on the map say it.
 fn settle_iommu(map: &mut MapConfig, ports: &[PortConfig]) {
-    let mut users = ports.iter().filter(|port| port.map == map.name).peekable();
-    let used = users.peek().is_some();
-    if map.iommu == IommuChoice::Auto && used && !users.any(|port| matches!(port.device, DeviceSpec::Pci(_)))
-    {
-        map.iommu = IommuChoice::None;
+    let users = ports.iter().filter(|port| port.map == map.name);
+    if map.iommu == IommuChoice::Auto {
+        map.iommu = iommu_for(users.map(|port| port.device.as_ref()));
     }
 }
 
-fn socket_path(port: &PortConfig) -> Option<&Path> {
-    match &port.socket {
-        SocketSpec::Listen { path, .. } | SocketSpec::Connect { path } => Some(path),
-        SocketSpec::Inherited { .. } => None,
+/// What a map on `auto` is when these are the devices of its ports: no IOMMU where all are taps, so that one works on a
+/// machine that has none. A port that waits for its device may get any.
+pub(crate) fn iommu_for<'a>(devices: impl Iterator<Item = Option<&'a DeviceSpec>>) -> IommuChoice {
+    let (mut taps, mut others) = (0, 0);
+    for device in devices {
+        match device {
+            Some(DeviceSpec::VfioUser(_)) => return IommuChoice::VfioUser,
+            Some(DeviceSpec::Tap(_)) => taps += 1,
+            Some(DeviceSpec::Pci(_)) | None => others += 1,
+        }
     }
-}
-
-fn same_device(one: &DeviceSpec, other: &DeviceSpec) -> bool {
-    match (one, other) {
-        (DeviceSpec::VfioUser(one), DeviceSpec::VfioUser(other)) => same_path(one, other),
-        _ => one == other,
+    if taps > 0 && others == 0 {
+        IommuChoice::None
+    } else {
+        IommuChoice::Auto
     }
-}
-
-/// Compares as written, but for `./` and doubled slashes. Links are for the kernel to follow.
-fn same_path(one: &Path, other: &Path) -> bool {
-    let parts = |path: &Path| -> PathBuf {
-        path.components()
-            .filter(|part| *part != Component::CurDir)
-            .collect()
-    };
-    parts(one) == parts(other)
 }
 
 fn hint(nearest: &Option<String>, known: &[String]) -> String {
@@ -250,7 +314,8 @@ mod tests {
 
     #[test]
     fn a_configuration_without_ports_serves_nothing() {
-        let text = "no port is configured; a port is a table [port.NAME] with a device and a socket-path";
+        let text = "no port is configured, and no control socket to add one by; a port is a table [port.NAME] with a \
+                    device and a socket-path";
         assert_eq!(error(""), text);
         assert_eq!(error("[map.main]\n[port]"), text);
     }
@@ -352,12 +417,50 @@ mod tests {
     }
 
     #[test]
-    fn auto_is_no_iommu_for_a_map_that_no_pci_device_uses() {
+    fn a_map_serves_devices_in_other_processes_or_the_machines_own() {
+        let served = port("a", "vfio-user:card", "fd = 3");
+        let text = format!("[map.main]\niommu = 'none'\n{served}");
+        assert_eq!(
+            error(&text),
+            "`map.main.iommu` is none, and `port.a` uses it with vfio-user:card, which learns of memory by \
+             vfio-user: set auto or vfio-user"
+        );
+        let card = port("b", "01:00.0", "fd = 4");
+        let text = format!("[map.main]\niommu = 'vfio-user'\n{card}");
+        assert!(
+            error(&text).starts_with("`map.main.iommu` is vfio-user, and `port.b` uses it with PCI device")
+        );
+        assert_eq!(
+            error(&format!("{served}{card}")),
+            "map `main` is used by `port.b` with a PCI device and by `port.a` with one in another process: give each \
+             kind a map of its own"
+        );
+    }
+
+    #[test]
+    fn a_control_socket_is_enough_to_start_with() {
+        let config = Config::from_toml("control = 'c'").unwrap();
+        assert_eq!((config.maps.len(), config.ports.len()), (0, 0));
+    }
+
+    #[test]
+    fn two_ports_may_wait_for_their_devices() {
+        let text = port("a", "none", "fd = 3") + &port("b", "none", "fd = 4");
+        assert_eq!(Config::from_toml(&text).unwrap().ports.len(), 2);
+    }
+
+    #[test]
+    fn auto_is_what_the_devices_of_a_map_need() {
         let iommu = |text: &str| Config::from_toml(text).unwrap().maps[0].iommu;
         let tap = port("a", "tap:a", "fd = 3");
         let card = port("b", "01:00.0", "fd = 4");
         assert_eq!(iommu(&tap), IommuChoice::None);
-        assert_eq!(iommu(&port("a", "vfio-user:card", "fd = 3")), IommuChoice::None);
+        let served = port("a", "vfio-user:card", "fd = 3");
+        assert_eq!(iommu(&served), IommuChoice::VfioUser);
+        let waiting = port("c", "none", "fd = 5");
+        assert_eq!(iommu(&waiting), IommuChoice::Auto);
+        assert_eq!(iommu(&format!("{waiting}{tap}")), IommuChoice::Auto);
+        assert_eq!(iommu(&format!("{waiting}{served}")), IommuChoice::VfioUser);
         assert_eq!(iommu(&format!("{tap}{card}")), IommuChoice::Auto);
         assert_eq!(
             iommu(&format!("[map.main]\niommu = 'type1'\n{tap}")),

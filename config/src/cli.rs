@@ -9,12 +9,13 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgGroup, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::device::DeviceSpec;
-use crate::map::{IommuChoice, MapBy, MapConfig};
+use crate::device::{DeviceOrNone, DeviceSpec};
+use crate::map::{self, IommuChoice, MapBy, MapConfig};
+use crate::order::Order;
 use crate::port::{self, Poll, PortConfig, SocketSpec};
 use crate::process::{CpuList, LogLevel};
 use crate::value::{self, ValueError};
-use crate::{Command, Config, ParseError, defaults, file};
+use crate::{AnswerForm, Command, Config, ParseError, defaults, file};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,6 +31,11 @@ Examples:
   The counters of a running process, as JSON:
     vhost-user-vfio stats --control /run/vuv.sock
 
+  Another card and another VM for a running process, and the card taken away again:
+    vhost-user-vfio port add vm1 --socket-path /run/vm1.sock --control /run/vuv.sock
+    vhost-user-vfio device attach 0000:02:00.0 --port vm1 --control /run/vuv.sock
+    vhost-user-vfio device detach 0000:02:00.0 --control /run/vuv.sock
+
 SIGTERM stops the DMA, frees the memory and ends the process with status 0.";
 
 /// Serves vhost-user network ports from a PCI card through VFIO, zero-copy.
@@ -40,7 +46,10 @@ SIGTERM stops the DMA, frees the memory and ends the process with status 0.";
 #[command(name = "vhost-user-vfio", version, after_help = EXAMPLES, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(group(
-    ArgGroup::new("work").args(["device", "socket_path", "fd", "config", "print_capabilities"]).required(true).multiple(true)
+    ArgGroup::new("work")
+        .args(["device", "socket_path", "fd", "config", "control", "print_capabilities"])
+        .required(true)
+        .multiple(true)
 ))]
 #[command(group(ArgGroup::new("socket").args(["socket_path", "fd"])))]
 struct Cli {
@@ -56,10 +65,10 @@ struct Cli {
 #[derive(Debug, Args)]
 struct PortFlags {
     /// Device at the wire's end: a PCI address bound to vfio-pci (0000:01:00.0 or 01:00.0), tap:NAME, or
-    /// vfio-user:PATH. Wants --socket-path or --fd beside it. Without it, where there is no card: a tap interface
-    /// with the port's name, which copies every frame.
+    /// vfio-user:PATH, or none for a port that gets its device later. Wants --socket-path or --fd beside it. Without
+    /// it, where there is no card: a tap interface with the port's name, which copies every frame.
     #[arg(long, value_name = "DEVICE", help_heading = "Port")]
-    device: Option<DeviceSpec>,
+    device: Option<DeviceOrNone>,
 
     /// Socket at the guest's end. We make it and listen, unless --client is given.
     #[arg(long, value_name = "PATH", help_heading = "Port", value_parser = socket_path())]
@@ -115,7 +124,7 @@ struct ProcessFlags {
     #[arg(long, value_name = "FILE", help_heading = "Process")]
     config: Option<PathBuf>,
 
-    /// Listen here for control commands such as `stats` (mode 0600).
+    /// Listen here for control commands such as `stats` (mode 0600). Enough to start with: ports can be added by it.
     #[arg(long, value_name = "PATH", help_heading = "Process", value_parser = socket_path())]
     control: Option<PathBuf>,
 
@@ -143,11 +152,212 @@ struct ProcessFlags {
 #[derive(Debug, Subcommand)]
 enum ControlCommand {
     /// Print the counters of a running process as JSON.
-    Stats {
-        /// Its control socket.
-        #[arg(long, value_name = "PATH", value_parser = socket_path())]
-        control: PathBuf,
+    Stats(Reach),
+    /// Make, remove and show the memory maps of a running process.
+    #[command(subcommand)]
+    Map(MapCommand),
+    /// Give a port of a running process a device, or take it away. Its guest stays connected.
+    #[command(subcommand)]
+    Device(DeviceCommand),
+    /// Add ports to a running process, and remove them.
+    #[command(subcommand)]
+    Port(PortCommand),
+}
+
+/// Whom to ask.
+#[derive(Debug, Args)]
+struct Reach {
+    /// The control socket of the running process.
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
+    control: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum MapCommand {
+    /// Make a map. One that is like this already is left as it is.
+    Create {
+        /// Its name.
+        #[arg(value_parser = value::name)]
+        name: String,
+        #[command(flatten)]
+        reach: Reach,
+        /// Interface to the IOMMU: auto, iommufd, type1, none (software devices only) or vfio-user (devices in other
+        /// processes).
+        #[arg(long, value_name = "KIND", default_value = defaults::IOMMU.as_str(), value_parser = map::iommu)]
+        iommu: IommuChoice,
+        /// How guest memory is named to it: auto, file or address.
+        #[arg(long, value_name = "WAY", default_value = defaults::MAP_BY.as_str(), value_parser = map::map_by)]
+        map_by: MapBy,
     },
+    /// Remove a map that no port uses.
+    Destroy {
+        /// Its name.
+        #[arg(value_parser = value::name)]
+        name: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Show maps: what is mapped where, for whom, and what is free.
+    Show {
+        /// One map. Without it, all of them.
+        #[arg(value_parser = value::name)]
+        name: Option<String>,
+        #[command(flatten)]
+        reach: Reach,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DeviceCommand {
+    /// Give a port its device.
+    Attach {
+        /// A PCI address bound to vfio-pci, tap:NAME, or vfio-user:PATH.
+        device: DeviceSpec,
+        #[command(flatten)]
+        reach: Reach,
+        /// The port, which has no other device.
+        #[arg(long, value_name = "NAME", value_parser = value::name)]
+        port: String,
+    },
+    /// Take a device from its port. The guest's memory stays on the map, and what it sends is dropped and counted.
+    Detach {
+        /// The device.
+        device: DeviceSpec,
+        #[command(flatten)]
+        reach: Reach,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PortCommand {
+    /// Add a port. One that is like this already is left as it is.
+    Add(PortAdd),
+    /// Remove a port: its front-end is disconnected and its device let go.
+    Remove {
+        /// Its name.
+        #[arg(value_parser = value::name)]
+        name: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
+}
+
+#[derive(Debug, Args)]
+struct PortAdd {
+    /// Its name in logs, counters and commands.
+    #[arg(value_parser = value::name)]
+    name: String,
+    #[command(flatten)]
+    reach: Reach,
+    /// Socket at the guest's end. The process makes it and listens, unless --client is given.
+    #[arg(long, value_name = "PATH", value_parser = socket_path())]
+    socket_path: PathBuf,
+    #[arg(
+        long, value_name = "OCTAL", value_parser = port::socket_mode, conflicts_with = "client",
+        help = format!("Permission bits of the socket that is made [default: {:04o}]", defaults::SOCKET_MODE),
+    )]
+    socket_mode: Option<u32>,
+    /// Connect to --socket-path, where the VMM listens (QEMU: server=on).
+    #[arg(long)]
+    client: bool,
+    /// Device at the wire's end. Without it the port has none until one is attached.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceOrNone>,
+    /// The map that holds the guest's memory. The map main is made if there is none.
+    #[arg(long, value_name = "NAME", default_value = defaults::MAP_NAME, value_parser = value::name)]
+    map: String,
+    /// Largest packet without the Ethernet header, 68 to 1500.
+    #[arg(
+        long, value_name = "BYTES", default_value_t = defaults::MTU, value_parser = port::mtu,
+        allow_negative_numbers = true
+    )]
+    mtu: u16,
+    /// Poll this many microseconds before sleeping; 0 sleeps at once, `always` never sleeps.
+    #[arg(
+        long, value_name = "MICROSECONDS|always", default_value_t = defaults::POLL, allow_negative_numbers = true
+    )]
+    poll_us: Poll,
+}
+
+impl From<ControlCommand> for Command {
+    fn from(command: ControlCommand) -> Self {
+        let mut form = AnswerForm::Text;
+        let (reach, order) = match command {
+            ControlCommand::Stats(reach) => {
+                form = AnswerForm::Json;
+                (reach, Order::Stats)
+            }
+            ControlCommand::Map(MapCommand::Create {
+                name,
+                reach,
+                iommu,
+                map_by,
+            }) => (reach, Order::MapCreate(MapConfig { name, iommu, map_by })),
+            ControlCommand::Map(MapCommand::Destroy { name, reach }) => (reach, Order::MapDestroy { name }),
+            ControlCommand::Map(MapCommand::Show { name, reach, json }) => {
+                if json {
+                    form = AnswerForm::Json;
+                }
+                (reach, Order::MapShow { name })
+            }
+            ControlCommand::Device(DeviceCommand::Attach { device, reach, port }) => {
+                let device = from_anywhere(device);
+                (reach, Order::DeviceAttach { device, port })
+            }
+            ControlCommand::Device(DeviceCommand::Detach { device, reach }) => {
+                let device = from_anywhere(device);
+                (reach, Order::DeviceDetach { device })
+            }
+            ControlCommand::Port(PortCommand::Add(port)) => port.order(),
+            ControlCommand::Port(PortCommand::Remove { name, reach }) => (reach, Order::PortRemove { name }),
+        };
+        Self::Ask {
+            control: reach.control,
+            order,
+            form,
+        }
+    }
+}
+
+impl PortAdd {
+    fn order(self) -> (Reach, Order) {
+        let path = absolute(self.socket_path);
+        let socket = if self.client {
+            SocketSpec::Connect { path }
+        } else {
+            SocketSpec::Listen {
+                path,
+                mode: self.socket_mode.unwrap_or(defaults::SOCKET_MODE),
+            }
+        };
+        let order = Order::PortAdd(PortConfig {
+            name: self.name,
+            device: self
+                .device
+                .and_then(|DeviceOrNone(device)| device)
+                .map(from_anywhere),
+            socket,
+            map: self.map,
+            poll: self.poll_us,
+            mtu: self.mtu,
+        });
+        (self.reach, order)
+    }
+}
+
+/// The running process may be in another folder than whoever types.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+fn from_anywhere(device: DeviceSpec) -> DeviceSpec {
+    match device {
+        DeviceSpec::VfioUser(path) => DeviceSpec::VfioUser(absolute(path)),
+        other => other,
+    }
 }
 
 /// Makes of the program's arguments, its own name first, what is to be done.
@@ -165,8 +375,8 @@ where
 {
     let matches = Cli::command().try_get_matches_from(only_capabilities(args))?;
     let cli = Cli::from_arg_matches(&matches)?;
-    if let Some(ControlCommand::Stats { control }) = cli.control {
-        return Ok(Command::Stats { control });
+    if let Some(command) = cli.control {
+        return Ok(command.into());
     }
     if cli.process.print_capabilities {
         return Ok(Command::PrintCapabilities);
@@ -176,7 +386,12 @@ where
         refuse_port_flags(&matches)?;
         return from_file(path, &cli.process).map(Command::Run);
     }
-    Ok(Command::Run(one_port(cli.port, cli.process)?.settled()?))
+    let config = if given_port_flag(&matches).is_some() {
+        one_port(cli.port, cli.process)?
+    } else {
+        no_port(cli.process)
+    };
+    Ok(Command::Run(config.settled()?))
 }
 
 /// Drops all other arguments where `--print-capabilities` is among them: the convention of vhost-user back-end
@@ -202,9 +417,7 @@ where
 
 /// With a file, the ports come from it. A flag that would be silently lost is refused instead.
 fn refuse_port_flags(matches: &ArgMatches) -> Result<(), clap::Error> {
-    let flags = PortFlags::augment_args(clap::Command::new("port"));
-    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    let Some(flag) = flags.get_arguments().find(|flag| given(flag.get_id().as_str())) else {
+    let Some(flag) = given_port_flag(matches) else {
         return Ok(());
     };
     let key = flag.get_long().unwrap_or_default();
@@ -219,6 +432,25 @@ fn refuse_port_flags(matches: &ArgMatches) -> Result<(), clap::Error> {
     };
     let text = format!("--{key} cannot stand beside --config: for the ports of a file it {place}");
     Err(Cli::command().error(ErrorKind::ArgumentConflict, text))
+}
+
+/// The first flag given that describes a port or its map.
+fn given_port_flag(matches: &ArgMatches) -> Option<clap::Arg> {
+    let flags = PortFlags::augment_args(clap::Command::new("port"));
+    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let mut flags = flags.get_arguments();
+    flags.find(|flag| given(flag.get_id().as_str())).cloned()
+}
+
+/// A process whose ports all come later.
+fn no_port(process: ProcessFlags) -> Config {
+    Config {
+        log: process.log.unwrap_or(defaults::LOG),
+        control: process.control,
+        workers: process.cpus.map_or_else(Vec::new, |cpus| cpus.0),
+        maps: Vec::new(),
+        ports: Vec::new(),
+    }
 }
 
 fn from_file(path: &Path, flags: &ProcessFlags) -> Result<Config, ParseError> {
@@ -246,14 +478,17 @@ fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Erro
     // Not left to clap's `requires`, which would ask for a socket beside --config too.
     let missing = |text| Cli::command().error(ErrorKind::MissingRequiredArgument, text);
     let device = match port.device {
-        Some(device) => device,
+        Some(DeviceOrNone(device)) => device,
         // Where there is no card, there is a tap.
-        None => format!("tap:{}", port.name)
-            .parse()
-            .map_err(|error: ValueError| {
-                let text = format!("without --device the port is a tap interface of its name, but {error}");
-                Cli::command().error(ErrorKind::ValueValidation, text)
-            })?,
+        None => Some(
+            format!("tap:{}", port.name)
+                .parse()
+                .map_err(|error: ValueError| {
+                    let text =
+                        format!("without --device the port is a tap interface of its name, but {error}");
+                    Cli::command().error(ErrorKind::ValueValidation, text)
+                })?,
+        ),
     };
     let socket = match (port.socket_path, port.fd) {
         (Some(path), _) if port.client => SocketSpec::Connect { path },
@@ -270,9 +505,6 @@ fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Erro
     };
     let map = defaults::MAP_NAME.to_owned();
     Ok(Config {
-        log: process.log.unwrap_or(defaults::LOG),
-        control: process.control,
-        workers: process.cpus.map_or_else(Vec::new, |cpus| cpus.0),
         maps: vec![MapConfig {
             name: map.clone(),
             iommu: port.iommu,
@@ -286,6 +518,7 @@ fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Erro
             poll: port.poll_us,
             mtu: port.mtu,
         }],
+        ..no_port(process)
     })
 }
 
@@ -351,7 +584,7 @@ mod tests {
         assert_eq!(all.maps, [map]);
         let port = PortConfig {
             name: "vm7".to_owned(),
-            device: "0000:01:00.0".parse().unwrap(),
+            device: Some("0000:01:00.0".parse().unwrap()),
             socket: SocketSpec::Listen {
                 path: "/run/vm7.sock".into(),
                 mode: 0o660,
@@ -388,9 +621,13 @@ mod tests {
         assert_eq!(
             error(""),
             "error: the following required arguments were not provided: \
-             <--device <DEVICE>|--socket-path <PATH>|--fd <N>|--config <FILE>|--print-capabilities>"
+             <--device <DEVICE>|--socket-path <PATH>|--fd <N>|--config <FILE>|--control <PATH>|--print-capabilities>"
         );
-        for line in ["--device tap:t", "--device tap:t --client"] {
+        for line in [
+            "--device tap:t",
+            "--device tap:t --client",
+            "--control c --mtu 1400",
+        ] {
             assert_eq!(
                 error(line),
                 "error: a port wants exactly one of --socket-path PATH and --fd N"
@@ -579,18 +816,131 @@ mod tests {
 
     #[test]
     fn stats_asks_a_running_process() {
-        assert_eq!(
-            typed("stats --control /run/c").unwrap(),
-            Command::Stats {
-                control: "/run/c".into()
-            }
-        );
+        assert_eq!(asked("stats --control /run/c"), (Order::Stats, AnswerForm::Json));
         assert!(error("stats").contains("--control <PATH>"));
         assert_eq!(typed("statz --control c").unwrap_err().exit_code(), 2);
         assert_eq!(
             typed("--device tap:t stats --control c").unwrap_err().exit_code(),
             2
         );
+    }
+
+    fn asked(line: &str) -> (Order, AnswerForm) {
+        match typed(line) {
+            Ok(Command::Ask { control, order, form }) => {
+                assert_eq!(control, Path::new("/run/c"));
+                (order, form)
+            }
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn maps_devices_and_ports_are_asked_for_over_the_control_socket() {
+        let order = |line: &str| asked(&format!("{line} --control /run/c")).0;
+        let name = || "x".to_owned();
+        assert_eq!(
+            order("map create x --iommu vfio-user --map-by file"),
+            Order::MapCreate(MapConfig {
+                name: name(),
+                iommu: IommuChoice::VfioUser,
+                map_by: MapBy::File,
+            })
+        );
+        assert_eq!(order("map destroy x"), Order::MapDestroy { name: name() });
+        assert_eq!(order("map show"), Order::MapShow { name: None });
+        assert_eq!(
+            asked("map show x --json --control /run/c"),
+            (Order::MapShow { name: Some(name()) }, AnswerForm::Json)
+        );
+        let device: DeviceSpec = "0000:01:00.0".parse().unwrap();
+        assert_eq!(
+            order("device attach 01:00.0 --port x"),
+            Order::DeviceAttach {
+                device: device.clone(),
+                port: name()
+            }
+        );
+        assert_eq!(order("device detach 01:00.0"), Order::DeviceDetach { device });
+        assert_eq!(order("port remove x"), Order::PortRemove { name: name() });
+        let port = |name: &str, device: &str, rest: &str| {
+            let text = format!("[map.b]\n[port.{name}]\ndevice = '{device}'\n{rest}");
+            Order::PortAdd(Config::from_toml(&text).unwrap().ports.remove(0))
+        };
+        assert_eq!(
+            order("port add x --socket-path /run/x"),
+            port("x", "none", "socket-path = '/run/x'")
+        );
+        assert_eq!(
+            order(
+                "port add x --socket-path /run/x --socket-mode 660 --device tap:t --map b --mtu 1400 --poll-us \
+                 always"
+            ),
+            port(
+                "x",
+                "tap:t",
+                "socket-path = '/run/x'\nsocket-mode = 0o660\nmap = 'b'\nmtu = 1400\npoll-us = 'always'"
+            )
+        );
+        assert_eq!(
+            order("port add x --socket-path /run/x --client"),
+            port("x", "none", "socket-path = '/run/x'\nclient = true")
+        );
+    }
+
+    /// The running process may be in another folder.
+    #[test]
+    fn paths_in_commands_are_made_absolute() {
+        let here = std::env::current_dir().unwrap();
+        let (order, _) = asked("port add x --socket-path vm0 --device vfio-user:card --control /run/c");
+        let Order::PortAdd(port) = order else {
+            panic!("{order:?}")
+        };
+        assert_eq!(port.socket.path(), Some(here.join("vm0").as_path()));
+        assert_eq!(port.device, Some(DeviceSpec::VfioUser(here.join("card"))));
+    }
+
+    #[test]
+    fn a_commands_values_are_refused_in_the_files_words() {
+        for (line, text) in [
+            ("map create a.b --control c", "name `a.b` is not usable"),
+            (
+                "map create x --iommu tpye1 --control c",
+                "`tpye1` is not one of auto, iommufd, type1, none, vfio-user; did you mean `type1`?",
+            ),
+            (
+                "device attach none --port x --control c",
+                "`none` is not a device",
+            ),
+            (
+                "port add x --socket-path s --mtu 9000 --control c",
+                "mtu 9000 is above 1500",
+            ),
+            ("port add x --control c", "--socket-path <PATH>"),
+            (
+                "port add x --socket-path s --client --socket-mode 600 --control c",
+                "cannot be used with",
+            ),
+            ("map destroy x", "--control <PATH>"),
+            ("map", "Usage"),
+        ] {
+            let error = typed(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            let shown = crate::chain(&error);
+            assert!(shown.contains(text), "{line}: {shown}");
+        }
+    }
+
+    #[test]
+    fn a_control_socket_is_enough_to_start_with() {
+        let config = config("--control /run/c --cpus 1 --log warn");
+        assert_eq!((config.maps.len(), config.ports.len()), (0, 0));
+        assert_eq!((config.workers, config.log), (vec![Cpu(1)], LogLevel::Warn));
+    }
+
+    #[test]
+    fn a_port_may_wait_for_its_device() {
+        assert_eq!(config("--device none --socket-path s").ports[0].device, None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::port;
+use crate::port::{self, same_path};
 use crate::value::ValueError;
 
 /// What a port's frames go to and come from.
@@ -39,6 +39,31 @@ impl fmt::Display for DeviceSpec {
             Self::Tap(name) => write!(f, "tap:{name}"),
             Self::VfioUser(path) => write!(f, "vfio-user:{}", path.display()),
         }
+    }
+}
+
+impl DeviceSpec {
+    /// Whether both name one device, however each is written.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::VfioUser(one), Self::VfioUser(other)) => same_path(one, other),
+            _ => self == other,
+        }
+    }
+}
+
+/// What a port has at the wire's end, or `none` for a port that waits for a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DeviceOrNone(pub(crate) Option<DeviceSpec>);
+
+impl FromStr for DeviceOrNone {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        text.parse().map(|device| Self(Some(device)))
     }
 }
 
@@ -217,6 +242,16 @@ mod tests {
             Ok(DeviceSpec::VfioUser("/run/card".into()))
         );
         assert_eq!(error("vfio-user:"), "the path is empty");
+    }
+
+    #[test]
+    fn only_a_port_may_have_none() {
+        assert_eq!("none".parse(), Ok(DeviceOrNone(None)));
+        assert_eq!(
+            "tap:none".parse(),
+            Ok(DeviceOrNone(Some(DeviceSpec::Tap("none".to_owned()))))
+        );
+        assert!(error("none").starts_with("`none` is not a device"));
     }
 
     proptest! {

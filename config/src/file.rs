@@ -8,7 +8,7 @@
 
 use std::path::PathBuf;
 
-use crate::device::DeviceSpec;
+use crate::device::DeviceOrNone;
 use crate::map::{self, MapConfig};
 use crate::port::{self, PortConfig, SocketSpec};
 use crate::process::{self, Cpu, CpuList};
@@ -90,7 +90,7 @@ fn map(name: String, section: &Section<'_>) -> Result<MapConfig, FileError> {
             entry.string(map::iommu)
         })?,
         map_by: or(section.get("map-by"), defaults::MAP_BY, |entry| {
-            entry.string(|text| value::choice(text, &[]))
+            entry.string(map::map_by)
         })?,
     })
 }
@@ -99,7 +99,7 @@ fn port(name: String, section: &Section<'_>) -> Result<PortConfig, FileError> {
     section.expect_keys(PORT, &PLACES)?;
     Ok(PortConfig {
         name,
-        device: section.require("device")?.string(str::parse::<DeviceSpec>)?,
+        device: section.require("device")?.string(str::parse::<DeviceOrNone>)?.0,
         socket: socket(section)?,
         map: or(section.get("map"), defaults::MAP_NAME.to_owned(), |entry| {
             entry.string(value::name)
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
     use crate::map::{IommuChoice, MapBy};
     use crate::port::Poll;
-    use crate::{LogLevel, PciAddress};
+    use crate::{DeviceSpec, LogLevel, PciAddress};
 
     const EXAMPLE: &str = include_str!("../example.toml");
     const PORT: &str = "[port.vm0]\ndevice = '01:00.0'\nsocket-path = 'a'\n";
@@ -232,12 +232,12 @@ mod tests {
             ]
         );
         let card = |function| {
-            DeviceSpec::Pci(PciAddress {
+            Some(DeviceSpec::Pci(PciAddress {
                 domain: 0,
                 bus: 1,
                 device: 0,
                 function,
-            })
+            }))
         };
         let port = |name: &str, device, socket, map: &str, poll| PortConfig {
             name: name.to_owned(),
@@ -262,7 +262,7 @@ mod tests {
                 port("vm1", card(1), connect, "tenant-b", Poll::Always),
                 port(
                     "lab",
-                    DeviceSpec::Tap("lab0".to_owned()),
+                    Some(DeviceSpec::Tap("lab0".to_owned())),
                     inherited,
                     "main",
                     Poll::Micros(50)
@@ -375,6 +375,12 @@ mod tests {
         );
         assert!(error(&format!("{PORT}{PORT}")).starts_with("line 4, column "));
         assert!(!error("a = \n b").contains('\n'));
+    }
+
+    #[test]
+    fn a_port_may_wait_for_its_device() {
+        let config = Config::from_toml("[port.vm0]\ndevice = 'none'\nsocket-path = 'a'").unwrap();
+        assert_eq!(config.ports[0].device, None);
     }
 
     #[test]

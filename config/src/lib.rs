@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! argv ──cli.rs──┬──────────────── one port ──────────────┬──▶ check.rs ──▶ Config ──▶ backend
-//!                └─ --config FILE ─▶ section.rs ▶ file.rs ─┘
+//!                ├─ --config FILE ─▶ section.rs ▶ file.rs ─┘
+//!                └─ a command ─▶ order.rs ──control socket──▶ order.rs ──▶ backend of a running process
 //! ```
 //!
 //! The crate stands alone: it knows no other crate of the workspace, opens nothing but the file it is told to
@@ -24,6 +25,7 @@ mod device;
 mod file;
 mod map;
 mod nearest;
+mod order;
 mod port;
 mod process;
 mod section;
@@ -37,7 +39,9 @@ pub use check::ConfigError;
 pub use cli::parse;
 pub use device::{DeviceSpec, PciAddress};
 pub use map::{IommuChoice, MapBy, MapConfig};
-pub use port::{Poll, PortConfig, SocketSpec};
+pub use nearest::nearest;
+pub use order::{Order, OrderError};
+pub use port::{Poll, PortConfig, SocketSpec, same_path};
 pub use process::{Cpu, LogLevel};
 pub use section::{FileError, KeyHint};
 pub use value::ValueError;
@@ -49,16 +53,29 @@ pub enum Command {
     Run(Config),
     /// Print the JSON by which management software knows a vhost-user back-end program, and exit with 0.
     PrintCapabilities,
-    /// Print the counters of the process that listens on `control`.
-    Stats {
+    /// Ask the process that listens on `control`, and print what it answers.
+    Ask {
         /// The control socket of the running process.
         control: PathBuf,
+        /// What to ask.
+        order: Order,
+        /// How to print what was asked for.
+        form: AnswerForm,
     },
+}
+
+/// How an answer is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AnswerForm {
+    /// As it came: JSON.
+    Json,
+    /// For people.
+    Text,
 }
 
 /// All that one process serves, and how.
 ///
-/// As [`parse`] and [`Config::from_toml`] make it: there is at least one port; every [`PortConfig::map`] names
+/// As [`parse`] and [`Config::from_toml`] make it: there is a port, or a control socket to add one by; every [`PortConfig::map`] names
 /// one of `maps`; no two ports share a device or a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -94,6 +111,18 @@ pub mod defaults {
     pub const IOMMU: IommuChoice = IommuChoice::Auto;
     /// How guest memory is named to the IOMMU interface.
     pub const MAP_BY: MapBy = MapBy::Auto;
+}
+
+impl Config {
+    /// The map `main` as it is made where nobody has said how, for a port with `device`.
+    pub fn main_map_for(device: Option<&DeviceSpec>) -> MapConfig {
+        let devices = std::iter::once(device);
+        MapConfig {
+            name: defaults::MAP_NAME.to_owned(),
+            iommu: check::iommu_for(devices),
+            map_by: defaults::MAP_BY,
+        }
+    }
 }
 
 /// Why there is no [`Command`] to carry out.

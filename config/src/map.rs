@@ -26,10 +26,26 @@ pub enum IommuChoice {
     Iommufd,
     /// The older interface, VFIO containers and groups.
     Type1,
-    /// No IOMMU: addresses are only translated. What `auto` means for a map whose ports have no PCI device,
-    /// and refused for a map where one has.
+    /// No IOMMU: addresses are only translated. What `auto` means for a map whose ports have taps and nothing else,
+    /// and refused for a map where one has a PCI device.
     #[value(skip)]
     None,
+    /// Messages to devices in other processes. What `auto` means for a map where a port has such a device.
+    #[value(skip)]
+    VfioUser,
+}
+
+impl IommuChoice {
+    /// Returns the word by which files, flags and commands know it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Iommufd => "iommufd",
+            Self::Type1 => "type1",
+            Self::None => "none",
+            Self::VfioUser => "vfio-user",
+        }
+    }
 }
 
 /// How guest memory is named to the IOMMU interface.
@@ -43,9 +59,26 @@ pub enum MapBy {
     Address,
 }
 
-/// Reads the file's `iommu`, which knows one word more than the flag.
+impl MapBy {
+    /// Returns the word by which files, flags and commands know it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::File => "file",
+            Self::Address => "address",
+        }
+    }
+}
+
+/// Reads `iommu` of a file or of `map create`, which know two words more than the flag.
 pub(crate) fn iommu(text: &str) -> Result<IommuChoice, ValueError> {
-    value::choice(text, &[("none", IommuChoice::None)])
+    let more = [IommuChoice::None, IommuChoice::VfioUser];
+    value::choice(text, &more.map(|choice| (choice.as_str(), choice)))
+}
+
+/// Reads `map-by`.
+pub(crate) fn map_by(text: &str) -> Result<MapBy, ValueError> {
+    value::choice(text, &[])
 }
 
 #[cfg(test)]
@@ -53,20 +86,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_file_knows_none() {
+    fn the_flag_knows_two_words_less() {
         assert_eq!(iommu("none"), Ok(IommuChoice::None));
+        assert_eq!(iommu("vfio-user"), Ok(IommuChoice::VfioUser));
         assert_eq!(iommu("type1"), Ok(IommuChoice::Type1));
-        assert!(<IommuChoice as ValueEnum>::from_str("none", false).is_err());
+        for word in ["none", "vfio-user"] {
+            assert!(<IommuChoice as ValueEnum>::from_str(word, false).is_err());
+        }
+    }
+
+    #[test]
+    fn a_shown_word_reads_back() {
+        for choice in IommuChoice::value_variants() {
+            assert_eq!(iommu(choice.as_str()), Ok(*choice));
+        }
+        for by in MapBy::value_variants() {
+            assert_eq!(map_by(by.as_str()), Ok(*by));
+        }
     }
 
     #[test]
     fn a_wrong_word_is_answered_with_the_right_ones() {
         assert_eq!(
             iommu("iommu-fd").unwrap_err().to_string(),
-            "`iommu-fd` is not one of auto, iommufd, type1, none; did you mean `iommufd`?"
+            "`iommu-fd` is not one of auto, iommufd, type1, none, vfio-user; did you mean `iommufd`?"
         );
         assert_eq!(
-            value::choice::<MapBy>("magic", &[]).unwrap_err().to_string(),
+            map_by("magic").unwrap_err().to_string(),
             "`magic` is not one of auto, file, address"
         );
     }

@@ -3,7 +3,7 @@
 /// Returns the member of `known` that `word` most likely misspells, if one is close enough to suggest.
 ///
 /// Close is one slip in three letters. Case and `_` for `-` do not count as slips.
-pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_ascii_lowercase().replace('_', "-");
     known
         .into_iter()

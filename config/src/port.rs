@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use crate::device::DeviceSpec;
@@ -22,8 +22,8 @@ const MTU_MOST: u16 = 1500;
 pub struct PortConfig {
     /// By which logs, counters and the control socket name it.
     pub name: String,
-    /// What is at the wire's end.
-    pub device: DeviceSpec,
+    /// What is at the wire's end; `None` for a port that waits for a device.
+    pub device: Option<DeviceSpec>,
     /// What is at the guest's end.
     pub socket: SocketSpec,
     /// Name of the [`MapConfig`](crate::MapConfig) that holds this guest's memory.
@@ -54,6 +54,16 @@ pub enum SocketSpec {
         /// Its number, 3 or above.
         fd: i32,
     },
+}
+
+impl SocketSpec {
+    /// Its path, where it has one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Listen { path, .. } | Self::Connect { path } => Some(path),
+            Self::Inherited { .. } => None,
+        }
+    }
 }
 
 /// What a worker does with a port that has nothing to do.
@@ -105,6 +115,18 @@ pub(crate) fn socket_path(path: PathBuf) -> Result<PathBuf, ValueError> {
         });
     }
     Ok(path)
+}
+
+/// Whether two paths are one. Compared as written, but for `./` and doubled slashes, and from the folder this process is
+/// in. Links are for the kernel to follow.
+pub fn same_path(one: &Path, other: &Path) -> bool {
+    let parts = |path: &Path| -> PathBuf {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        path.components()
+            .filter(|part| *part != Component::CurDir)
+            .collect()
+    };
+    parts(one) == parts(other)
 }
 
 /// Reads permission bits: octal digits, with or without `0o` in front.

@@ -1,0 +1,968 @@
+//! The maps, the workers and the ports of the process, and every way to change them.
+//!
+//! ```text
+//! start-up, operator's socket, host ──create_map, add_port, attach_device, …──▶ Inventory ──▶ ports, maps
+//! stats, link events, pulse ────────────────what is there now───────────────────────┘
+//! ```
+//!
+//! Operations come one after the other, under a lock that one keeps for as long as it takes, devices included. What is
+//! there is listed under another, held for a moment: who only looks never waits for a device. An operation that fails
+//! leaves everything as it was. One whose result is there already changes nothing and says so.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use config::{
+    Config, DeviceSpec, IommuChoice, MapBy, MapConfig, Order, Poll, PortConfig, SocketSpec, defaults,
+    nearest, same_path,
+};
+use queues::clock::SystemClock;
+use queues::nic::absent::Absent;
+use queues::nic::igb::Igb;
+use queues::nic::tap::Tap;
+use queues::nic::{Nic, NicError};
+use rustix::event::{EventfdFlags, eventfd};
+use vfio_glue::iommu::software::SoftwareIommu;
+use vfio_glue::iommu::{self, DeviceAddress, Iommu, IommuError, IommuKind, VfioUserIommu, choose};
+use vfio_glue::map::{MapError, MemoryMap};
+use vfio_glue::pci::{HostEvent, PciAddress};
+
+use crate::devices::DeviceEvents;
+use crate::endpoint::{Endpoint, EndpointError};
+use crate::port::{Port, PortError};
+use crate::signals::Stop;
+use crate::worker::{Patience, Worker};
+
+/// Why the inventory could not be changed as asked. It is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum InventoryError {
+    /// No such port.
+    #[error("there is no port `{name}`{}", hint(name, known))]
+    NoPort {
+        /// What was asked for.
+        name: String,
+        /// The ports there are.
+        known: Vec<String>,
+    },
+    /// No such map.
+    #[error("there is no map `{name}`{}", hint(name, known))]
+    NoMap {
+        /// What was asked for.
+        name: String,
+        /// The maps there are.
+        known: Vec<String>,
+    },
+    /// A map of that name is not like the one asked for.
+    #[error("map {map} exists with {key} {is}, not {wanted}")]
+    MapIs {
+        /// The map.
+        map: String,
+        /// What differs.
+        key: &'static str,
+        /// As it is.
+        is: String,
+        /// As it was asked for.
+        wanted: String,
+    },
+    /// Ports have their guests' memory on the map.
+    #[error("map {map} is used by {}", listed("port", ports))]
+    MapInUse {
+        /// The map.
+        map: String,
+        /// Its ports.
+        ports: Vec<String>,
+    },
+    /// A port of that name is not like the one asked for.
+    #[error("port {port} exists with {key} {is}, not {wanted}")]
+    PortIs {
+        /// The port.
+        port: String,
+        /// What differs.
+        key: &'static str,
+        /// As it is.
+        is: String,
+        /// As it was asked for.
+        wanted: String,
+    },
+    /// The port has another device.
+    #[error("port {port} has {device}; detach it first")]
+    PortHasDevice {
+        /// The port.
+        port: String,
+        /// Its device.
+        device: DeviceSpec,
+    },
+    /// Another port has the device.
+    #[error("{device} is at port {port} on map {map}; detach it first")]
+    DeviceInUse {
+        /// The device.
+        device: DeviceSpec,
+        /// The port that has it.
+        port: String,
+        /// That port's map.
+        map: String,
+    },
+    /// The map cannot confine the device's DMA, or cannot tell it of memory.
+    #[error("map {map} has iommu {}, and {device} needs one with {wanted}", iommu.as_str())]
+    WrongMap {
+        /// The map.
+        map: String,
+        /// What it has.
+        iommu: IommuKind,
+        /// The device.
+        device: DeviceSpec,
+        /// What would do.
+        wanted: &'static str,
+    },
+    /// Another port has the socket.
+    #[error("socket path {} is port {port}'s", path.display())]
+    SocketInUse {
+        /// The path.
+        path: PathBuf,
+        /// The port that has it.
+        port: String,
+    },
+    /// The control socket is there.
+    #[error("socket path {} is the control socket's", path.display())]
+    ControlSocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket cannot be had.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// No IOMMU for the map.
+    #[error("cannot make map {map}")]
+    MakeMap {
+        /// The map.
+        map: String,
+        /// Why not.
+        source: Box<IommuError>,
+    },
+    /// The device cannot be had.
+    #[error("cannot open {device} for port {port}")]
+    Open {
+        /// The port.
+        port: String,
+        /// The device.
+        device: DeviceSpec,
+        /// Why not.
+        source: Box<OpenError>,
+    },
+    /// The port's device cannot be changed.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// The system gives no more threads or descriptors.
+    #[error("port {port} cannot be served")]
+    Serve {
+        /// The port.
+        port: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// It is too late for changes.
+    #[error("the process is stopping")]
+    Stopping,
+}
+
+/// Why a device could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The map does not let it in.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// It does not work.
+    #[error(transparent)]
+    Nic(#[from] NicError),
+}
+
+/// What came of an operation, in a line for the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was done.
+    Changed(String),
+    /// It was so before.
+    AlreadySo(String),
+}
+
+/// A port that was removed while its front-end's thread was in trouble.
+#[derive(Debug, thiserror::Error)]
+#[error("a port's thread panicked")]
+pub struct PortPanicked;
+
+/// What there is. Shared by `Arc` with the threads that serve ports.
+#[derive(Debug)]
+pub struct Inventory {
+    /// The operator's socket, which no port may take.
+    control: Option<PathBuf>,
+    workers: Vec<Arc<Worker>>,
+    /// The process's, asked for when nobody can come any more.
+    stop: Stop,
+    /// Readable when the devices have changed.
+    changed: OwnedFd,
+    operations: Mutex<Phase>,
+    lists: Mutex<Lists>,
+}
+
+/// Whether operations are still taken.
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    Closed,
+}
+
+#[derive(Debug, Default)]
+struct Lists {
+    maps: Vec<MapEntry>,
+    ports: Vec<PortEntry>,
+}
+
+#[derive(Clone, Debug)]
+struct MapEntry {
+    config: MapConfig,
+    map: Arc<MemoryMap>,
+}
+
+#[derive(Debug)]
+struct PortEntry {
+    /// As it was asked for; which device it has now stands in `device`.
+    config: PortConfig,
+    port: Arc<Port>,
+    /// Its worker's place in the list.
+    worker: usize,
+    device: Option<Attached>,
+    stop: Stop,
+    thread: Option<JoinHandle<()>>,
+    /// No front-end can come any more, and nobody asked for that.
+    ended: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Attached {
+    spec: DeviceSpec,
+    events: Arc<DeviceEvents>,
+}
+
+impl Inventory {
+    /// An inventory without maps and ports, whose ports are dealt out to `workers`. `stop` is asked for when all ports
+    /// have ended by themselves.
+    ///
+    /// # Errors
+    ///
+    /// The system's answer if it gives no descriptor.
+    pub fn new(workers: Vec<Arc<Worker>>, control: Option<&Path>, stop: &Stop) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            control: control.map(Path::to_owned),
+            workers,
+            stop: stop.clone(),
+            changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            operations: Mutex::new(Phase::Open),
+            lists: Mutex::default(),
+        }))
+    }
+
+    /// Makes a map, on which `cards` are to be. There may be none yet.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError::MapIs`] if there is one of that name that is not like it, and
+    /// [`InventoryError::MakeMap`] if no IOMMU can be had.
+    pub fn create_map(&self, wanted: &MapConfig, cards: &[PciAddress]) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        if let Ok(entry) = self.map_entry(&wanted.name) {
+            return entry.compare(wanted);
+        }
+        self.make_map(wanted, cards)?;
+        Ok(Outcome::Changed(format!("map {} is made", wanted.name)))
+    }
+
+    /// Removes a map that no port uses.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError::MapInUse`].
+    pub fn destroy_map(&self, name: &str) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let Ok(entry) = self.map_entry(name) else {
+            return Ok(Outcome::AlreadySo(format!("there is no map {name}")));
+        };
+        let ports: Vec<String> = self
+            .lists()
+            .ports
+            .iter()
+            .filter(|port| port.config.map == name)
+            .map(|port| port.config.name.clone())
+            .collect();
+        if !ports.is_empty() {
+            let map = name.to_owned();
+            return Err(InventoryError::MapInUse { map, ports });
+        }
+        self.forget_map(name);
+        // The kernel may take its time to take a map apart: not under the lists' lock.
+        drop(entry);
+        tracing::info!(map = name, "map destroyed");
+        Ok(Outcome::Changed(format!("map {name} is destroyed")))
+    }
+
+    /// Adds ports, all or none: sockets are bound before a device is touched, so that the cheap mistakes come first, and
+    /// front-ends are served once all ports are ready. None of the names is taken.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError`] of the first port that cannot be had.
+    pub fn add_ports(self: &Arc<Self>, ports: &[PortConfig]) -> Result<(), InventoryError> {
+        let _operation = self.operation()?;
+        self.open_ports(ports)
+    }
+
+    /// Adds one port. Without a device it is content with whatever device a port of that name has. The map `main` is made
+    /// if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError`].
+    pub fn add_port(self: &Arc<Self>, wanted: &PortConfig) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        if let Some(outcome) = self.compare_port(wanted) {
+            return outcome;
+        }
+        let makes_main = wanted.map == defaults::MAP_NAME && self.map_entry(&wanted.map).is_err();
+        if makes_main {
+            self.make_map(&Config::main_map_for(wanted.device.as_ref()), &[])?;
+        }
+        if let Err(error) = self.open_ports(std::slice::from_ref(wanted)) {
+            if makes_main {
+                self.forget_map(&wanted.map);
+            }
+            return Err(error);
+        }
+        tracing::info!(port = wanted.name, map = wanted.map, "port added");
+        Ok(Outcome::Changed(format!("port {} is added", wanted.name)))
+    }
+
+    /// Removes a port: its device is let go, then its front-end disconnected, and its guest's memory leaves the map.
+    ///
+    /// Blocks for as long as that takes.
+    ///
+    /// # Errors
+    ///
+    /// [`PortError::KeepsDevice`] if the device's DMA cannot be ended: the port stays.
+    pub fn remove_port(&self, name: &str) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let Ok(port) = self.port(name) else {
+            let known = self.port_names();
+            let hint = nearest(name, known.iter().map(String::as_str));
+            let hint = hint.map_or_else(String::new, |port| format!("; did you mean {port}?"));
+            return Ok(Outcome::AlreadySo(format!("there is no port {name}{hint}")));
+        };
+        // Before the front-end goes: if this fails, nothing has been lost.
+        self.take_device(&port)?;
+        self.dismiss(&[port]);
+        tracing::info!(port = name, "port removed");
+        Ok(Outcome::Changed(format!("port {name} is removed")))
+    }
+
+    /// Gives a port that has none its device, under whoever is connected. Guest memory is not touched.
+    ///
+    /// Blocks for as long as the device takes to be opened.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError`].
+    pub fn attach_device(&self, device: &DeviceSpec, port: &str) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let port = self.port(port)?;
+        let holder = self.holder_of(device);
+        if holder.as_ref().is_some_and(|holder| Arc::ptr_eq(holder, &port)) {
+            return Ok(Outcome::AlreadySo(format!("port {} has {device}", port.name())));
+        }
+        let present = self.with_port(&port, |entry| {
+            entry.device.as_ref().map(|device| device.spec.clone())
+        });
+        if let Some(present) = present.flatten() {
+            return Err(InventoryError::PortHasDevice {
+                port: port.name().to_owned(),
+                device: present,
+            });
+        }
+        check_free(device, holder.as_deref())?;
+        let mtu = self.with_port(&port, |entry| entry.config.mtu);
+        let nic = open_device(port.name(), device, mtu.unwrap_or(defaults::MTU), port.map())?;
+        port.set_device(nic)?;
+        self.seat(&port, Some(device));
+        tracing::info!(port = port.name(), %device, "device attached");
+        Ok(Outcome::Changed(format!("port {} has {device} now", port.name())))
+    }
+
+    /// Takes a device from its port, under whoever is connected. Guest memory is not touched: it stays on the map, for
+    /// other devices and the next one here.
+    ///
+    /// # Errors
+    ///
+    /// [`PortError::KeepsDevice`].
+    pub fn detach_device(&self, device: &DeviceSpec) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let Some(port) = self.holder_of(device) else {
+            return Ok(Outcome::AlreadySo(format!("no port has {device}")));
+        };
+        self.take_device(&port)?;
+        tracing::info!(port = port.name(), %device, "device detached");
+        Ok(Outcome::Changed(format!(
+            "port {} has no device now",
+            port.name()
+        )))
+    }
+
+    /// Does what the host wants of a port's device: lets it go, or resets it under whoever is connected. One that does
+    /// not come back from its reset is let go. Nothing, if the port has it no more.
+    ///
+    /// Blocks for as long as the device takes.
+    pub fn obey_host(&self, events: &Arc<DeviceEvents>, which: HostEvent) {
+        let Ok(_operation) = self.operation() else {
+            return;
+        };
+        let port = events.port();
+        let is_it = |attached: &Attached| Arc::ptr_eq(&attached.events, events);
+        let device = self.with_port(port, |entry| entry.device.clone().filter(is_it));
+        let Some(Attached { spec: device, .. }) = device.flatten() else {
+            return;
+        };
+        let port_name = port.name();
+        match which {
+            HostEvent::Release => {
+                tracing::warn!(port = port_name, %device, "the host wants the device back: it is detached");
+            }
+            HostEvent::Error => {
+                tracing::error!(port = port_name, %device, "the host reports an error of the device: it is reset");
+                match port.renew() {
+                    Ok(()) => return,
+                    Err(error) => {
+                        let error: &dyn std::error::Error = &error;
+                        tracing::error!(port = port_name, %device, error, "the reset failed: the device is detached");
+                    }
+                }
+            }
+        }
+        if let Err(error) = self.take_device(port) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(port = port_name, %device, error, "the device was not detached");
+        }
+    }
+
+    /// The ports there are, in the order they came.
+    pub fn ports(&self) -> Vec<Arc<Port>> {
+        let lists = self.lists();
+        lists.ports.iter().map(|entry| Arc::clone(&entry.port)).collect()
+    }
+
+    /// The maps there are, in the order they came.
+    pub fn maps(&self) -> Vec<Arc<MemoryMap>> {
+        let lists = self.lists();
+        lists.maps.iter().map(|entry| Arc::clone(&entry.map)).collect()
+    }
+
+    /// One map.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError::NoMap`].
+    pub fn map(&self, name: &str) -> Result<Arc<MemoryMap>, InventoryError> {
+        Ok(self.map_entry(name)?.map)
+    }
+
+    /// What the devices there are can tell.
+    pub fn device_events(&self) -> Vec<Arc<DeviceEvents>> {
+        let lists = self.lists();
+        let attached = lists.ports.iter().filter_map(|entry| entry.device.as_ref());
+        attached.map(|device| Arc::clone(&device.events)).collect()
+    }
+
+    /// What becomes readable when [`device_events`](Self::device_events) has changed. Whoever waits for it reads it.
+    pub fn changed(&self) -> BorrowedFd<'_> {
+        self.changed.as_fd()
+    }
+
+    /// Frees workers that a front-end made wait. To be called about once a second.
+    pub fn check_pulses(&self) {
+        self.workers.iter().for_each(|worker| worker.check_pulse());
+        self.ports().iter().for_each(|port| port.check_pulse());
+    }
+
+    /// Removes everything, for good: every queue of every card is stopped, then memory is unmapped, then devices and
+    /// sockets go.
+    ///
+    /// # Errors
+    ///
+    /// [`PortPanicked`] if a port's thread did not end as it should.
+    pub fn close(&self) -> Result<(), PortPanicked> {
+        let mut phase = self.phase();
+        *phase = Phase::Closed;
+        let sound = self.dismiss(&self.ports());
+        *self.lists() = Lists::default();
+        if sound { Ok(()) } else { Err(PortPanicked) }
+    }
+
+    /// Takes the place of the one operation at a time.
+    fn operation(&self) -> Result<MutexGuard<'_, Phase>, InventoryError> {
+        let phase = self.phase();
+        match *phase {
+            Phase::Open => Ok(phase),
+            Phase::Closed => Err(InventoryError::Stopping),
+        }
+    }
+
+    fn make_map(&self, config: &MapConfig, cards: &[PciAddress]) -> Result<(), InventoryError> {
+        let (iommu, reason): (Box<dyn Iommu>, String) = match iommu_choice(config.iommu) {
+            Interface::Software => (Box::new(SoftwareIommu), "its devices are software".to_owned()),
+            Interface::Messages => (
+                Box::new(VfioUserIommu::new()),
+                "its devices are served by other processes".to_owned(),
+            ),
+            Interface::Kernel(choice) => {
+                let chosen = choose(choice, map_by(config.map_by), cards);
+                let chosen = chosen.map_err(|source| InventoryError::MakeMap {
+                    map: config.name.clone(),
+                    source: Box::new(source),
+                })?;
+                (chosen.iommu, chosen.reason)
+            }
+        };
+        let kind = iommu.kind().as_str();
+        tracing::info!(map = config.name, iommu = kind, "map made: {reason}");
+        self.lists().maps.push(MapEntry {
+            config: config.clone(),
+            map: MemoryMap::new(&config.name, iommu),
+        });
+        Ok(())
+    }
+
+    fn forget_map(&self, name: &str) {
+        self.lists().maps.retain(|entry| entry.config.name != name);
+    }
+
+    fn open_ports(self: &Arc<Self>, ports: &[PortConfig]) -> Result<(), InventoryError> {
+        let mut endpoints = Vec::new();
+        for port in ports {
+            self.check_socket(port)?;
+            self.map(&port.map)?;
+            if let Some(device) = &port.device {
+                check_free(device, self.holder_of(device).as_deref())?;
+            }
+            endpoints.push(Endpoint::open(&port.socket)?);
+        }
+        let mut entries = Vec::new();
+        for port in ports {
+            entries.push(self.open_port(port, &entries)?);
+        }
+        let ports: Vec<Arc<Port>> = entries.iter().map(|entry| Arc::clone(&entry.port)).collect();
+        // Listed before it is served: one that ends at once is found.
+        self.lists().ports.extend(entries);
+        self.tell_changed();
+        for (port, endpoint) in ports.iter().zip(endpoints) {
+            if let Err(source) = self.serve(port, endpoint) {
+                self.dismiss(&ports);
+                return Err(InventoryError::Serve {
+                    port: port.name().to_owned(),
+                    source,
+                });
+            }
+        }
+        // One that came up before anybody watched.
+        ports.iter().for_each(|port| port.look_at_link());
+        Ok(())
+    }
+
+    /// Makes a port that nobody serves yet, on the worker that has fewest, those of `beside` counted.
+    fn open_port(&self, config: &PortConfig, beside: &[PortEntry]) -> Result<PortEntry, InventoryError> {
+        let map = self.map(&config.map)?;
+        let failed = |source| InventoryError::Serve {
+            port: config.name.clone(),
+            source,
+        };
+        let (index, worker) = {
+            let lists = self.lists();
+            let load = |index: usize| {
+                let ports = lists.ports.iter().chain(beside);
+                ports.filter(|entry| entry.worker == index).count()
+            };
+            let workers = self.workers.iter().enumerate();
+            workers.min_by_key(|(index, _)| load(*index))
+        }
+        .ok_or_else(|| failed(std::io::Error::other("there is no worker")))?;
+        let stop = Stop::new().map_err(failed)?;
+        let nic: Box<dyn Nic> = match &config.device {
+            Some(device) => open_device(&config.name, device, config.mtu, &map)?,
+            None => Box::new(Absent::default()),
+        };
+        let patience = match config.poll {
+            Poll::Micros(time) => Patience::For(Duration::from_micros(time.into())),
+            Poll::Always => Patience::Forever,
+        };
+        let port = Port::new(&config.name, map, nic, Arc::clone(worker), patience, config.mtu);
+        let port = Arc::new(port);
+        Ok(PortEntry {
+            device: config.device.as_ref().map(|device| Attached::of(device, &port)),
+            config: config.clone(),
+            port,
+            worker: index,
+            stop,
+            thread: None,
+            ended: false,
+        })
+    }
+
+    /// Starts the thread that serves a port's front-ends.
+    fn serve(self: &Arc<Self>, port: &Arc<Port>, endpoint: Endpoint) -> std::io::Result<()> {
+        let Some(stop) = self.with_port(port, |entry| entry.stop.clone()) else {
+            return Ok(());
+        };
+        let presence = Presence {
+            inventory: Arc::clone(self),
+            port: Arc::clone(port),
+            stop,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("port {}", port.name()))
+            .spawn(move || endpoint.serve(&presence.port, &presence.stop))?;
+        self.with_port(port, |entry| entry.thread = Some(thread));
+        Ok(())
+    }
+
+    /// Disconnects these ports' front-ends, waits until they are gone, and takes the ports from the list. Returns whether
+    /// their threads ended as they should.
+    fn dismiss(&self, ports: &[Arc<Port>]) -> bool {
+        for port in ports {
+            self.with_port(port, |entry| entry.stop.ask());
+        }
+        let mut sound = true;
+        for port in ports {
+            // Still listed meanwhile: whose worker stands still is freed by the pulse.
+            let thread = self.with_port(port, |entry| entry.thread.take()).flatten();
+            sound &= thread.is_none_or(|thread| thread.join().is_ok());
+        }
+        let is_one = |entry: &PortEntry| ports.iter().any(|port| Arc::ptr_eq(port, &entry.port));
+        let gone: Vec<PortEntry> = self.lists().ports.extract_if(.., |entry| is_one(entry)).collect();
+        self.tell_changed();
+        // Devices take their time: not under the lists' lock.
+        drop(gone);
+        sound
+    }
+
+    /// Takes a port's device, if it has one.
+    fn take_device(&self, port: &Arc<Port>) -> Result<(), PortError> {
+        let has_one = self.with_port(port, |entry| entry.device.is_some());
+        if has_one == Some(true) {
+            port.set_device(Box::new(Absent::default()))?;
+            self.seat(port, None);
+        }
+        Ok(())
+    }
+
+    /// Notes which device a port has now, and has its events watched.
+    fn seat(&self, port: &Arc<Port>, device: Option<&DeviceSpec>) {
+        let device = device.map(|device| Attached::of(device, port));
+        self.with_port(port, |entry| entry.device = device);
+        self.tell_changed();
+        // One that came up before anybody watched.
+        port.look_at_link();
+    }
+
+    /// A port's thread has ended. If nobody asked for that, no front-end can come any more, and when that is so for all
+    /// ports there are, the process has nothing left to do.
+    fn port_ended(&self, port: &Arc<Port>) {
+        let is_listed = self.with_port(port, |entry| entry.ended = true).is_some();
+        if is_listed && self.lists().ports.iter().all(|entry| entry.ended) {
+            self.stop.ask();
+        }
+    }
+
+    fn compare_port(&self, wanted: &PortConfig) -> Option<Result<Outcome, InventoryError>> {
+        let lists = self.lists();
+        let entry = lists
+            .ports
+            .iter()
+            .find(|entry| entry.config.name == wanted.name)?;
+        Some(entry.compare(wanted))
+    }
+
+    fn check_socket(&self, port: &PortConfig) -> Result<(), InventoryError> {
+        let Some(path) = port.socket.path() else {
+            return Ok(());
+        };
+        let is_it = |other: &Path| same_path(path, other);
+        if self.control.as_deref().is_some_and(is_it) {
+            return Err(InventoryError::ControlSocket {
+                path: path.to_owned(),
+            });
+        }
+        let lists = self.lists();
+        let mut others = lists.ports.iter();
+        match others.find(|entry| entry.config.socket.path().is_some_and(is_it)) {
+            Some(other) => Err(InventoryError::SocketInUse {
+                path: path.to_owned(),
+                port: other.config.name.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn map_entry(&self, name: &str) -> Result<MapEntry, InventoryError> {
+        let lists = self.lists();
+        let found = lists.maps.iter().find(|entry| entry.config.name == name);
+        found.cloned().ok_or_else(|| InventoryError::NoMap {
+            name: name.to_owned(),
+            known: lists.maps.iter().map(|entry| entry.config.name.clone()).collect(),
+        })
+    }
+
+    fn port(&self, name: &str) -> Result<Arc<Port>, InventoryError> {
+        let ports = self.ports();
+        let found = ports.iter().find(|port| port.name() == name);
+        found.cloned().ok_or_else(|| InventoryError::NoPort {
+            name: name.to_owned(),
+            known: self.port_names(),
+        })
+    }
+
+    fn port_names(&self) -> Vec<String> {
+        self.ports().iter().map(|port| port.name().to_owned()).collect()
+    }
+
+    /// The port that has a device.
+    fn holder_of(&self, device: &DeviceSpec) -> Option<Arc<Port>> {
+        let lists = self.lists();
+        let has_it = |entry: &&PortEntry| entry.device.as_ref().is_some_and(|it| it.spec.is_same_as(device));
+        lists
+            .ports
+            .iter()
+            .find(has_it)
+            .map(|entry| Arc::clone(&entry.port))
+    }
+
+    fn with_port<R>(&self, port: &Arc<Port>, work: impl FnOnce(&mut PortEntry) -> R) -> Option<R> {
+        let mut lists = self.lists();
+        let mut entries = lists.ports.iter_mut();
+        entries.find(|entry| Arc::ptr_eq(&entry.port, port)).map(work)
+    }
+
+    fn tell_changed(&self) {
+        // A full counter is a wake-up that is pending, which is all that is wanted.
+        let _ = rustix::io::write(&self.changed, &1u64.to_ne_bytes());
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.operations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lists(&self) -> MutexGuard<'_, Lists> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A port's thread, for as long as it runs.
+struct Presence {
+    inventory: Arc<Inventory>,
+    port: Arc<Port>,
+    stop: Stop,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if !self.stop.is_asked() {
+            self.inventory.port_ended(&self.port);
+        }
+    }
+}
+
+impl Attached {
+    fn of(device: &DeviceSpec, port: &Arc<Port>) -> Self {
+        Self {
+            spec: device.clone(),
+            events: Arc::new(DeviceEvents::of(port)),
+        }
+    }
+}
+
+impl MapEntry {
+    /// Whether this is what is wanted, where nothing is wanted by `auto`.
+    fn compare(&self, wanted: &MapConfig) -> Result<Outcome, InventoryError> {
+        let name = &self.config.name;
+        let differs = |key, is: &str, wanted: &str| {
+            Err(InventoryError::MapIs {
+                map: name.clone(),
+                key,
+                is: is.to_owned(),
+                wanted: wanted.to_owned(),
+            })
+        };
+        let (is, iommu) = (self.map.kind().as_str(), wanted.iommu);
+        if iommu != IommuChoice::Auto && iommu.as_str() != is {
+            return differs("iommu", is, iommu.as_str());
+        }
+        let (is, map_by) = (self.config.map_by, wanted.map_by);
+        if map_by != MapBy::Auto && map_by != is {
+            return differs("map-by", is.as_str(), map_by.as_str());
+        }
+        Ok(Outcome::AlreadySo(format!("map {name} exists")))
+    }
+}
+
+impl PortEntry {
+    /// Whether this is what is wanted, where no device is wanted by not naming one.
+    fn compare(&self, wanted: &PortConfig) -> Result<Outcome, InventoryError> {
+        let name = &self.config.name;
+        let differs = |key, is: String, wanted: String| {
+            Err(InventoryError::PortIs {
+                port: name.clone(),
+                key,
+                is,
+                wanted,
+            })
+        };
+        let socket = |socket: &SocketSpec| match socket {
+            SocketSpec::Inherited { fd } => format!("of descriptor {fd}"),
+            other => other
+                .path()
+                .map_or_else(String::new, |path| path.display().to_string()),
+        };
+        let same = match (self.config.socket.path(), wanted.socket.path()) {
+            (Some(is), Some(wanted)) => same_path(is, wanted),
+            (is, wanted) => is == wanted,
+        };
+        if !same {
+            return differs("socket-path", socket(&self.config.socket), socket(&wanted.socket));
+        }
+        let (is, asked) = (text_of(&self.config), text_of(wanted));
+        for key in ["client", "socket-mode", "map", "mtu", "poll-us"] {
+            let value = |fields: &[(&'static str, String)]| {
+                let found = fields.iter().find(|(name, _)| *name == key);
+                found.map_or_else(|| "false".to_owned(), |(_, text)| text.clone())
+            };
+            if value(&is) != value(&asked) {
+                return differs(key, value(&is), value(&asked));
+            }
+        }
+        if let Some(device) = &wanted.device {
+            match &self.device {
+                Some(present) if present.spec.is_same_as(device) => {}
+                Some(present) => return differs("device", present.spec.to_string(), device.to_string()),
+                None => return differs("device", "none".to_owned(), device.to_string()),
+            }
+        }
+        Ok(Outcome::AlreadySo(format!("port {name} exists")))
+    }
+}
+
+/// A port's settings in text form.
+fn text_of(port: &PortConfig) -> Vec<(&'static str, String)> {
+    Order::PortAdd(port.clone()).fields()
+}
+
+fn check_free(device: &DeviceSpec, holder: Option<&Port>) -> Result<(), InventoryError> {
+    holder.map_or(Ok(()), |holder| {
+        Err(InventoryError::DeviceInUse {
+            device: device.clone(),
+            port: holder.name().to_owned(),
+            map: holder.map().name().to_owned(),
+        })
+    })
+}
+
+fn open_device(
+    port: &str,
+    device: &DeviceSpec,
+    mtu: u16,
+    map: &Arc<MemoryMap>,
+) -> Result<Box<dyn Nic>, InventoryError> {
+    let wanted = match (device, map.kind()) {
+        (DeviceSpec::Pci(_), IommuKind::None | IommuKind::VfioUser) => Some("iommufd or type1"),
+        (DeviceSpec::VfioUser(_), IommuKind::None | IommuKind::Iommufd | IommuKind::Type1) => {
+            Some("vfio-user")
+        }
+        _ => None,
+    };
+    if let Some(wanted) = wanted {
+        return Err(InventoryError::WrongMap {
+            map: map.name().to_owned(),
+            iommu: map.kind(),
+            device: device.clone(),
+            wanted,
+        });
+    }
+    let opened: Result<Box<dyn Nic>, OpenError> = match device {
+        DeviceSpec::Tap(name) => Tap::open(name, mtu, map)
+            .map(|tap| Box::new(tap) as Box<dyn Nic>)
+            .map_err(OpenError::from),
+        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), mtu),
+        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), mtu),
+    };
+    opened.map_err(|source| InventoryError::Open {
+        port: port.to_owned(),
+        device: device.clone(),
+        source: Box::new(source),
+    })
+}
+
+fn open_card(map: &Arc<MemoryMap>, address: &DeviceAddress, mtu: u16) -> Result<Box<dyn Nic>, OpenError> {
+    let device = map.attach(address)?;
+    let clock = Arc::new(SystemClock::default());
+    Ok(Box::new(Igb::open(device, mtu, clock)?))
+}
+
+/// The address as the crate that opens it has it.
+pub fn pci_address(address: config::PciAddress) -> PciAddress {
+    let config::PciAddress {
+        domain,
+        bus,
+        device,
+        function,
+    } = address;
+    PciAddress {
+        domain,
+        bus,
+        device,
+        function,
+    }
+}
+
+/// What a map's devices learn of memory by.
+enum Interface {
+    Kernel(iommu::IommuChoice),
+    Software,
+    Messages,
+}
+
+fn iommu_choice(choice: IommuChoice) -> Interface {
+    match choice {
+        IommuChoice::Auto => Interface::Kernel(iommu::IommuChoice::Auto),
+        IommuChoice::Iommufd => Interface::Kernel(iommu::IommuChoice::Iommufd),
+        IommuChoice::Type1 => Interface::Kernel(iommu::IommuChoice::Type1),
+        IommuChoice::None => Interface::Software,
+        IommuChoice::VfioUser => Interface::Messages,
+    }
+}
+
+fn map_by(map_by: MapBy) -> iommu::MapBy {
+    match map_by {
+        MapBy::Auto => iommu::MapBy::Auto,
+        MapBy::File => iommu::MapBy::File,
+        MapBy::Address => iommu::MapBy::Address,
+    }
+}
+
+/// The name that was meant, or all there are.
+fn hint(name: &str, known: &[String]) -> String {
+    match nearest(name, known.iter().map(String::as_str)) {
+        Some(name) => format!("; did you mean `{name}`?"),
+        None if known.is_empty() => "; there is none".to_owned(),
+        None => format!("; there is {}", known.join(", ")),
+    }
+}
+
+fn listed(what: &str, names: &[String]) -> String {
+    let plural = if names.len() == 1 { "" } else { "s" };
+    format!("{what}{plural} {}", names.join(", "))
+}
