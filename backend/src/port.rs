@@ -8,7 +8,6 @@
 //!
 //! A device comes and goes under a front-end that stays. In between, the port has [`queues::nic::absent::Absent`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use queues::lane::{Lane, LaneSetup, LaneStats, Stopped, Stuck};
@@ -96,7 +95,6 @@ pub struct Port {
     patience: Patience,
     max_frame: u32,
     stats: Vec<Arc<LaneStats>>,
-    resets: AtomicU64,
     state: Mutex<State>,
     /// What `state` shows, so that nobody waits for a device just to look. Held for a moment, with nothing else taken.
     shown: Mutex<PortStatus>,
@@ -106,6 +104,7 @@ struct State {
     nic: Box<dyn Nic>,
     device: String,
     link: Link,
+    resets: u64,
     /// By virtqueue index.
     running: Vec<Option<Seat>>,
     /// Lanes that did not follow the link, by virtqueue index: no worker has them, so that nothing more is given to a
@@ -184,6 +183,8 @@ pub struct PortStatus {
     pub connected: bool,
     /// By virtqueue index, whether its lane runs.
     pub running: Vec<bool>,
+    /// How often a device of this port was reset and came back.
+    pub resets: u64,
 }
 
 impl Port {
@@ -203,6 +204,7 @@ impl Port {
             link,
             connected: false,
             running: vec![false; queues],
+            resets: 0,
         };
         Self {
             name: name.to_owned(),
@@ -212,12 +214,12 @@ impl Port {
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
-            resets: AtomicU64::new(0),
             shown: Mutex::new(shown),
             state: Mutex::new(State {
                 nic,
                 device,
                 link,
+                resets: 0,
                 running: vec![None; queues],
                 astray: Vec::new(),
                 connected: false,
@@ -261,7 +263,7 @@ impl Port {
 
     /// How often a device of this port was reset and came back.
     pub fn resets(&self) -> u64 {
-        self.resets.load(Ordering::Relaxed)
+        self.shown().resets
     }
 
     /// A front-end has come.
@@ -496,7 +498,7 @@ impl Port {
     fn reset_at_rest(&self, state: &mut State) -> Result<(), NicError> {
         tracing::warn!(port = self.name, "the device is reset");
         state.nic.reset()?;
-        self.resets.fetch_add(1, Ordering::Relaxed);
+        state.resets += 1;
         state.link = state.nic.link();
         self.show(state);
         self.let_go(state);
@@ -620,6 +622,7 @@ impl Port {
             link: state.link,
             connected: state.connected,
             running: state.running.iter().map(Option::is_some).collect(),
+            resets: state.resets,
         };
     }
 

@@ -219,7 +219,7 @@ impl PortReport {
             link_mbps,
             connected: status.connected,
             lanes: lanes.collect(),
-            resets: port.resets(),
+            resets: status.resets,
             memory: regions_of(&port.memory()),
             device: status.device,
         }
