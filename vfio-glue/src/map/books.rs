@@ -3,6 +3,7 @@
 //! Every change either happens as a whole or leaves the books, the IOMMU and the software bus as they were. A range
 //! whose unmap failed is the one exception, and the books know it for ever.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::sync::Arc;
@@ -10,15 +11,16 @@ use std::sync::Arc;
 use super::MapError;
 use super::budget;
 use super::discards::PinnedFile;
-use super::extent::{Extent, ExtentKey, cells_in};
+use super::extent::{CELL_BYTES, Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
 use super::iova::{IovaAllocator, cautious_ranges};
-use super::plan::{self, Add, Mapped, Pins, Plan, Wanted, WhyAdded, WhyKept};
+use super::plan::{self, Add, Mapped, Pins, Plan, Splinters, Wanted, WhyAdded, WhyKept};
+use super::snapshot::pinned_bytes;
 use crate::address::Iova;
 use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, MapRequest, MappedBy};
-use crate::memory::{FileError, HostRange, RegionSpec, guard};
+use crate::memory::{FileError, HostRange, RegionSpec, guard, has_reserved};
 
 pub(super) struct Books {
     pub(super) iommu: Box<dyn Iommu>,
@@ -38,6 +40,10 @@ pub(super) struct Record {
     /// as the map lives, so it keeps its IOVA and its memory and nobody is given it again.
     pub(super) owners: Vec<String>,
 }
+
+/// How many extents one guest may have beside one for each gigabyte of its memory: what a process can keep an eye on is
+/// there for all of its guests.
+const MOST_EXTENTS: usize = 1024;
 
 /// Shown as the owner of a range that could not be unmapped.
 pub(super) const UNMAP_FAILED: &str = "unmap failed";
@@ -120,8 +126,23 @@ impl Books {
                 });
             }
         }
-        let plan = self.plan(now, wanted);
-        self.check_room(&plan.add)?;
+        let mut plan = self.plan(now, wanted, Splinters::Join);
+        if self.check_room(&plan.add).is_err() {
+            // Putting together what is in many extents takes room of its own, and can wait.
+            plan = self.plan(now, wanted, Splinters::Stay);
+            self.check_room(&plan.add)?;
+        }
+        let cells = wanted
+            .iter()
+            .map(|pages| (pages.wanted.range.end - pages.wanted.range.start) / CELL_BYTES)
+            .sum::<u64>();
+        let (pieces, limit) = (
+            plan.keep.len() + plan.add.len(),
+            MOST_EXTENTS + usize::try_from(cells).unwrap_or(0),
+        );
+        if pieces > limit {
+            return Err(MapError::TooManyPieces { need: pieces, limit }.into());
+        }
         tracing::debug!(
             owner,
             keep = plan.keep.len(),
@@ -147,7 +168,7 @@ impl Books {
         }
     }
 
-    fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages]) -> Plan {
+    fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages], splinters: Splinters) -> Plan {
         let now: HashSet<Iova> = now.iter().map(|extent| extent.iova).collect();
         let files: HashSet<FileId> = wanted.iter().map(|pages| pages.wanted.file).collect();
         let of_interest = self.records.values().filter_map(|record| {
@@ -169,7 +190,7 @@ impl Books {
             Pins::Each
         };
         let wanted: Vec<Wanted> = wanted.iter().map(|pages| pages.wanted.clone()).collect();
-        plan::plan(&of_interest.collect::<Vec<_>>(), &wanted, pins)
+        plan::plan(&of_interest.collect::<Vec<_>>(), &wanted, pins, splinters)
     }
 
     fn carry_out(
@@ -197,11 +218,27 @@ impl Books {
                 changed.gained.push(Arc::clone(&record.extent));
             }
         }
+        // Once for each file: looking costs the more the more holes its owner has made.
+        let mut reserved: HashMap<FileId, bool> = HashMap::new();
         for add in &plan.add {
             let file = wanted.iter().find(|pages| pages.wanted.file == add.file);
             let Some(file) = file.map(|pages| &pages.file) else {
                 continue;
             };
+            let refused = |source| AcquireError::File {
+                file: Arc::clone(file),
+                offset: add.range.start,
+                source,
+            };
+            let reserved = match reserved.entry(add.file) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(unknown) => *unknown.insert(has_reserved(file).map_err(refused)?),
+            };
+            if reserved {
+                let (offset, len) = (add.range.start, add.range.end - add.range.start);
+                let host = HostRange::of_file(file, offset, len).map_err(refused)?;
+                host.populate().map_err(refused)?;
+            }
             // Next to the bytes before it where that can be: contiguous for the card as they are in the file.
             let after = behind.get(&(add.file, add.range.start)).copied();
             let extent = self.map_one(bus, file, add, owner, after)?;
@@ -373,7 +410,7 @@ impl Books {
 
     /// Whether a device that comes now can have all that is mapped pinned for it.
     pub(super) fn check_attach(&self) -> Result<(), MapError> {
-        let mapped = self.records.values().map(|record| record.extent.len()).sum();
+        let mapped = pinned_bytes(self.records.values(), self.iommu.as_ref());
         budget::check_attach(self.iommu.as_ref(), mapped)
     }
 

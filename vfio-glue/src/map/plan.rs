@@ -123,6 +123,19 @@ impl WhyDropped {
     }
 }
 
+/// How many extents a square of the grid may be in beyond those that regions divide it into, before it is put together
+/// anew. A file that grows page by page would else be in as many extents as it has pages.
+pub(super) const MOST_SPLINTERS: usize = 8;
+
+/// What becomes of a square of the grid that is in many extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Splinters {
+    /// It is mapped anew, in as few as regions allow: its bytes move.
+    Join,
+    /// It stays as it is.
+    Stay,
+}
+
 /// How the kernel goes about bytes that are mapped twice for a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pins {
@@ -135,7 +148,7 @@ pub(super) enum Pins {
 /// Says how a guest gets from what it has (`mapped`, the owned ones) to what it wants.
 ///
 /// `mapped` names every extent of the files in `wanted`, and all that the guest has.
-pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins) -> Plan {
+pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins, splinters: Splinters) -> Plan {
     let mut by_place: Vec<&Mapped> = mapped.iter().collect();
     by_place.sort_by_key(|extent| (extent.file, extent.range.start));
     let mut borders: Vec<(FileId, u64)> = wanted
@@ -158,6 +171,7 @@ pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins) -> Plan {
                 there: by_place.get(first..last).unwrap_or_default(),
                 borders: &borders,
                 pins,
+                splinters,
             };
             ground.cover(&mut plan, &cell);
         }
@@ -191,6 +205,7 @@ struct Ground<'a> {
     /// Where regions start and end.
     borders: &'a [(FileId, u64)],
     pins: Pins,
+    splinters: Splinters,
 }
 
 impl Ground<'_> {
@@ -210,6 +225,17 @@ impl Ground<'_> {
             if before.is_none_or(|(_, other)| other.range.end <= candidate.range.start) {
                 chosen.insert(candidate.range.start, candidate);
             }
+        }
+        let before = |at: u64| self.borders.partition_point(|border| *border < (self.file, at));
+        let divided = before(cell.end) - before(cell.start);
+        if self.splinters == Splinters::Join && chosen.len() > divided + MOST_SPLINTERS {
+            // A copy could not join them either.
+            let whole = Ground {
+                pins: Pins::Each,
+                ..*self
+            };
+            whole.fill(plan, cell.clone());
+            return;
         }
         let mut at = cell.start;
         for extent in chosen.values() {
@@ -334,7 +360,7 @@ mod tests {
 
     /// The plan in short: MiB ranges and words.
     fn planned(mapped: &[Mapped], wanted: &[Range<u64>], pins: Pins) -> [Vec<String>; 3] {
-        let plan = plan(mapped, &want(wanted), pins);
+        let plan = plan(mapped, &want(wanted), pins, Splinters::Join);
         let name = |iova: Iova| {
             let extent = mapped.iter().find(|extent| extent.iova == iova).unwrap();
             format!("{}..{}", extent.range.start / MIB, extent.range.end / MIB)
@@ -396,7 +422,9 @@ mod tests {
         assert_eq!(drop, ["0..4 Cut"]);
         let [_, add, _] = planned(&[own(0..4)], &[0..1], Pins::Each);
         assert_eq!(add, ["0..1 Survives"]);
-        let copy = plan(&[own(0..4)], &want(&[2..3]), Pins::Shared).add.remove(0);
+        let copy = plan(&[own(0..4)], &want(&[2..3]), Pins::Shared, Splinters::Join)
+            .add
+            .remove(0);
         assert_eq!(copy.same_as, Some(Iova::new((1 << 30) + 2 * MIB)));
     }
 
@@ -443,6 +471,22 @@ mod tests {
         let [keep, add, drop] = planned(&[stale, others(0..4)], &[0..4], Pins::Shared);
         assert_eq!(keep, ["0..4 Shared"]);
         assert_eq!((add, drop), (vec![], vec!["0..4 Unfit".to_owned()]));
+    }
+
+    #[test]
+    fn what_grew_in_many_steps_is_put_together_when_it_is_in_too_many_extents() {
+        let steps: Vec<Mapped> = (0..20).map(|n| own(n..n + 1)).collect();
+        let few = &steps[..MOST_SPLINTERS];
+        let grown = MOST_SPLINTERS as u64 + 1;
+        let [keep, add, drop] = planned(few, &[0..grown], Pins::Shared);
+        assert_eq!((keep.len(), add.len(), drop.len()), (MOST_SPLINTERS, 1, 0));
+        let [keep, add, drop] = planned(&steps, &[0..21], Pins::Shared);
+        assert_eq!((keep.len(), drop.len()), (0, 20));
+        assert_eq!(add, ["0..21 Survives"]);
+        // Twenty regions want twenty.
+        let regions: Vec<Range<u64>> = (0..20).map(|n| n..n + 1).collect();
+        let [keep, add, drop] = planned(&steps, &regions, Pins::Shared);
+        assert_eq!((keep.len(), add.len(), drop.len()), (20, 0, 0));
     }
 
     #[test]
