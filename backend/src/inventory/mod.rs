@@ -10,28 +10,27 @@
 //! leaves everything as it was. One whose result is there already changes nothing and says so.
 //!
 //! ```text
-//! open.rs   an IOMMU for a map, a device for a port      error.rs  why something was refused
+//! entry.rs  a map and a port as they are listed       open.rs  an IOMMU for a map, a device for a port
+//! error.rs  why something was refused
 //! ```
 
+mod entry;
 mod error;
 mod open;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use config::{
-    Config, DeviceSpec, IommuChoice, MapBy, MapConfig, Order, Poll, PortConfig, SocketSpec, defaults,
-    nearest, same_path,
-};
+use config::{Config, DeviceSpec, MapConfig, Poll, PortConfig, defaults, nearest, same_path};
 use queues::nic::Nic;
 use queues::nic::absent::Absent;
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_glue::map::MemoryMap;
 use vfio_glue::pci::{HostEvent, PciAddress};
 
+use self::entry::{Attached, MapEntry, PortEntry};
 pub use self::error::{InventoryError, OpenError};
 pub use self::open::pci_address;
 use self::open::{open_device, open_iommu};
@@ -80,32 +79,6 @@ enum Phase {
 struct Lists {
     maps: Vec<MapEntry>,
     ports: Vec<PortEntry>,
-}
-
-#[derive(Clone, Debug)]
-struct MapEntry {
-    config: MapConfig,
-    map: Arc<MemoryMap>,
-}
-
-#[derive(Debug)]
-struct PortEntry {
-    /// As it was asked for; which device it has now stands in `device`.
-    config: PortConfig,
-    port: Arc<Port>,
-    /// Its worker's place in the list.
-    worker: usize,
-    device: Option<Attached>,
-    stop: Stop,
-    thread: Option<JoinHandle<()>>,
-    /// No front-end can come any more, and nobody asked for that.
-    ended: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Attached {
-    spec: DeviceSpec,
-    events: Arc<DeviceEvents>,
 }
 
 impl Inventory {
@@ -661,90 +634,6 @@ impl Drop for Presence {
             self.inventory.port_ended(&self.port);
         }
     }
-}
-
-impl Attached {
-    fn of(device: &DeviceSpec, port: &Arc<Port>) -> Self {
-        Self {
-            spec: device.clone(),
-            events: Arc::new(DeviceEvents::of(port)),
-        }
-    }
-}
-
-impl MapEntry {
-    /// Whether this is what is wanted, where nothing is wanted by `auto`.
-    fn compare(&self, wanted: &MapConfig) -> Result<Outcome, InventoryError> {
-        let name = &self.config.name;
-        let differs = |key, is: &str, wanted: &str| {
-            Err(InventoryError::MapIs {
-                map: name.clone(),
-                key,
-                is: is.to_owned(),
-                wanted: wanted.to_owned(),
-            })
-        };
-        let (is, iommu) = (self.map.kind().as_str(), wanted.iommu);
-        if iommu != IommuChoice::Auto && iommu.as_str() != is {
-            return differs("iommu", is, iommu.as_str());
-        }
-        let (is, map_by) = (self.config.map_by, wanted.map_by);
-        if map_by != MapBy::Auto && map_by != is {
-            return differs("map-by", is.as_str(), map_by.as_str());
-        }
-        Ok(Outcome::AlreadySo(format!("map {name} exists")))
-    }
-}
-
-impl PortEntry {
-    /// Whether this is what is wanted, where no device is wanted by not naming one.
-    fn compare(&self, wanted: &PortConfig) -> Result<Outcome, InventoryError> {
-        let name = &self.config.name;
-        let differs = |key, is: String, wanted: String| {
-            Err(InventoryError::PortIs {
-                port: name.clone(),
-                key,
-                is,
-                wanted,
-            })
-        };
-        let socket = |socket: &SocketSpec| match socket {
-            SocketSpec::Inherited { fd } => format!("of descriptor {fd}"),
-            other => other
-                .path()
-                .map_or_else(String::new, |path| path.display().to_string()),
-        };
-        let same = match (self.config.socket.path(), wanted.socket.path()) {
-            (Some(is), Some(wanted)) => same_path(is, wanted),
-            (is, wanted) => is == wanted,
-        };
-        if !same {
-            return differs("socket-path", socket(&self.config.socket), socket(&wanted.socket));
-        }
-        let (is, asked) = (text_of(&self.config), text_of(wanted));
-        for key in ["client", "socket-mode", "map", "mtu", "poll-us"] {
-            let value = |fields: &[(&'static str, String)]| {
-                let found = fields.iter().find(|(name, _)| *name == key);
-                found.map_or_else(|| "false".to_owned(), |(_, text)| text.clone())
-            };
-            if value(&is) != value(&asked) {
-                return differs(key, value(&is), value(&asked));
-            }
-        }
-        if let Some(device) = &wanted.device {
-            match &self.device {
-                Some(present) if present.spec.is_same_as(device) => {}
-                Some(present) => return differs("device", present.spec.to_string(), device.to_string()),
-                None => return differs("device", "none".to_owned(), device.to_string()),
-            }
-        }
-        Ok(Outcome::AlreadySo(format!("port {name} exists")))
-    }
-}
-
-/// A port's settings in text form.
-fn text_of(port: &PortConfig) -> Vec<(&'static str, String)> {
-    Order::PortAdd(port.clone()).fields()
 }
 
 fn check_free(device: &DeviceSpec, holder: Option<&Port>) -> Result<(), InventoryError> {
