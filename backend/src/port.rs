@@ -98,6 +98,8 @@ pub struct Port {
     state: Mutex<State>,
     /// What `state` shows, so that nobody waits for a device just to look. Held for a moment, with nothing else taken.
     shown: Mutex<PortStatus>,
+    /// The guest's memory as its session has it, for the same.
+    memory: Mutex<Arc<Table>>,
 }
 
 struct State {
@@ -117,8 +119,6 @@ struct State {
     stuck: Vec<Stuck>,
     /// Guest memory that was to go while the device was stuck.
     abandoned: Vec<Arc<Extent>>,
-    /// The guest's memory as its session has it.
-    memory: Arc<Table>,
 }
 
 /// Where a lane runs.
@@ -214,6 +214,7 @@ impl Port {
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
+            memory: Mutex::default(),
             shown: Mutex::new(shown),
             state: Mutex::new(State {
                 nic,
@@ -226,7 +227,6 @@ impl Port {
                 occupant: Weak::<Vacant>::new(),
                 stuck: Vec::new(),
                 abandoned: Vec::new(),
-                memory: Arc::default(),
             }),
         }
     }
@@ -301,12 +301,12 @@ impl Port {
 
     /// Takes note of the guest's memory, for `stats`.
     pub fn set_memory(&self, table: &Arc<Table>) {
-        self.state().memory = Arc::clone(table);
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(table);
     }
 
     /// The guest's memory as its session has it.
     pub fn memory(&self) -> Arc<Table> {
-        Arc::clone(&self.state().memory)
+        Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Joins virtqueue `index` to the card and sets the lane going.
