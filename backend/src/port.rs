@@ -98,7 +98,7 @@ pub struct Port {
     state: Mutex<State>,
     /// What `state` shows, so that nobody waits for a device just to look. Held for a moment, with nothing else taken.
     shown: Mutex<PortStatus>,
-    /// The guest's memory as its session has it, to be shown as well, and held as briefly.
+    /// The guest's memory as its session has it, for the same.
     memory: Mutex<Arc<Table>>,
 }
 
@@ -214,8 +214,8 @@ impl Port {
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
-            shown: Mutex::new(shown),
             memory: Mutex::default(),
+            shown: Mutex::new(shown),
             state: Mutex::new(State {
                 nic,
                 device,

@@ -253,6 +253,7 @@ impl Session {
                 let error: &dyn std::error::Error = &error;
                 tracing::error!(port = self.port.name(), error, "its guest's memory stays mapped");
                 let table = std::mem::take(&mut state.table);
+                self.port.set_memory(&state.table);
                 self.port.abandon(table.extents().to_vec());
             }
         }

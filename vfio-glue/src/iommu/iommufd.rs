@@ -268,8 +268,10 @@ impl Iommu for Iommufd {
         Ok(Some(self.reach(self.ioas)?.ranges))
     }
 
+    /// By address a copy would name the memory by the address it was first mapped from, which need not be ours by the
+    /// time a device comes: by file only.
     fn shares_pins(&self) -> bool {
-        true
+        self.by != By::Address
     }
 
     fn locked_memory(&self) -> Option<LockedMemory> {
@@ -287,8 +289,9 @@ impl Iommu for Iommufd {
             By::File | By::FileWherePossible if fit => MappedBy::File,
             _ => MappedBy::Address,
         };
-        // A copy is by file if the mapping it is made from is, and that was decided here too.
-        if request.same_as.is_none_or(|from| !self.copy(request, from)) {
+        // What is mapped by file here was so the first time.
+        let source = request.same_as.filter(|_| by == MappedBy::File);
+        if source.is_none_or(|from| !self.copy(request, from)) {
             if by == MappedBy::File {
                 self.map_file(request)?;
             } else {

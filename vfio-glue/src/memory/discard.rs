@@ -18,10 +18,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use rustix::fs::{SeekFrom, fstat, seek};
+use rustix::fs::{Mode, OFlags, SeekFrom, fstat, open, seek};
 use rustix::io::Errno;
 
 use super::mapping::{FileError, MemoryFile};
+
+/// How many runs of data one look goes through: whoever punches a hole into every other page does not hold us up for
+/// longer. What was found up to there is enough to act on.
+const MOST_RUNS: usize = 1 << 16;
 
 /// What of some pinned bytes is not in their file any more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,8 +64,11 @@ pub fn discarded(file: &File, pinned: &[Range<u64>]) -> Result<Discarded, FileEr
         return by_count(file, pinned);
     };
     let mut found = Discarded::default();
+    let mut left = MOST_RUNS;
     for range in pinned {
-        find_holes(&seekable, range, &mut found).map_err(|error| failed("lseek", range, error))?;
+        let range = memory.without_tail(range);
+        find_holes(&seekable, &range, &mut found, &mut left)
+            .map_err(|error| failed("lseek", &range, error))?;
     }
     Ok(found)
 }
@@ -71,13 +78,18 @@ pub fn discarded(file: &File, pinned: &[Range<u64>]) -> Result<Discarded, FileEr
 /// That of the descriptor we were sent is the front-end's too: moving it here would move it there, under a front-end
 /// that reads or writes its memory as a file. Not every file can be opened again: its mode may forbid it, or `/proc`
 /// be missing.
+///
+/// Without waiting: whoever sent it may have taken a lease on it, which holds up an open for 45 seconds.
 fn open_again(file: &File) -> io::Result<File> {
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?.into())
 }
 
-fn find_holes(file: &File, range: &Range<u64>, found: &mut Discarded) -> Result<(), Errno> {
+fn find_holes(file: &File, range: &Range<u64>, found: &mut Discarded, left: &mut usize) -> Result<(), Errno> {
     let mut at = range.start;
-    while at < range.end {
+    while at < range.end && *left > 0 {
+        *left -= 1;
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(range.end),
             // No data up to the end of the file, or past that already.

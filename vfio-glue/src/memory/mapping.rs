@@ -144,6 +144,17 @@ impl MemoryFile {
         self.page == SMALL_PAGE
     }
 
+    /// A range without what lies behind the end of the file in its last page: no byte of it is the file's.
+    pub(super) fn without_tail(&self, range: &Range<u64>) -> Range<u64> {
+        let last_page = self.size.next_multiple_of(self.page);
+        let end = if range.end <= last_page {
+            range.end.min(self.size)
+        } else {
+            range.end
+        };
+        range.start..end.max(range.start)
+    }
+
     /// The error for a range that cannot be had of this file.
     pub(crate) fn out_of_bounds(&self, offset: u64, len: u64) -> FileError {
         let page = self.page;

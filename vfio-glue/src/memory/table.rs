@@ -146,19 +146,14 @@ impl Table {
         if segment.is_none() {
             segment = self.find(hint, start);
         }
-        let segment = segment?;
-        let skip = start.0 - segment.first;
-        let len = u64::from(len).min(segment.len - skip);
-        if len == 0 {
-            return None;
-        }
-        let host = segment
-            .host
-            .slice(usize::try_from(skip).ok()?, usize::try_from(len).ok()?)?;
-        Some(Piece {
-            iova: segment.iova.offset(skip),
-            host,
-        })
+        segment?.piece(start, len)
+    }
+
+    /// As [`lookup`](Self::lookup), for one who does not come again soon: nothing is remembered, and nothing counted.
+    pub fn lookup_once(&self, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
+        let after = self.segments.partition_point(|segment| segment.first <= start.0);
+        let segment = self.segments.get(after.checked_sub(1)?)?;
+        segment.piece(start, len)
     }
 
     #[cold]
@@ -177,13 +172,9 @@ impl Table {
     /// Whether `len` bytes at `start` will be where they are, for the card too, once `next` is the table and what
     /// leaves has left.
     pub fn keeps(&self, next: &Self, leaving: &Leaving, start: GuestAddress, len: u32) -> bool {
-        let (mut here, mut there) = (TableHint::default(), TableHint::default());
         let (mut at, mut rest) = (start, len);
         while rest > 0 {
-            let Some(now) = self.lookup(&mut here, at, rest) else {
-                return false;
-            };
-            let Some(then) = next.lookup(&mut there, at, rest) else {
+            let (Some(now), Some(then)) = (self.lookup_once(at, rest), next.lookup_once(at, rest)) else {
                 return false;
             };
             if now.iova != then.iova || leaving.has(now.iova) {
@@ -266,6 +257,23 @@ impl Table {
 }
 
 impl Segment {
+    /// As many of `len` bytes from `start` on as it has, if it has any.
+    #[inline]
+    fn piece(&self, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
+        let skip = start.0.checked_sub(self.first).filter(|skip| *skip < self.len)?;
+        let len = u64::from(len).min(self.len - skip);
+        if len == 0 {
+            return None;
+        }
+        let host = self
+            .host
+            .slice(usize::try_from(skip).ok()?, usize::try_from(len).ok()?)?;
+        Some(Piece {
+            iova: self.iova.offset(skip),
+            host,
+        })
+    }
+
     #[inline]
     fn holds(&self, address: GuestAddress) -> bool {
         address.0.wrapping_sub(self.first) < self.len
