@@ -105,7 +105,7 @@ balloon() {
 }
 # The guest uses what it got back, and frames come and go as before.
 frames_after_balloon() {
-	vm_run "head -c 64000000 /dev/zero >/tmp/fill; rm /tmp/fill" || { echo "the guest cannot use its memory" && return 1; }
+	vm_run "dd if=/dev/zero of=/tmp/fill bs=1M count=60 2>/dev/null && rm /tmp/fill" || { echo "the guest cannot use its memory" && return 1; }
 	two_at_once echoed
 }
 
