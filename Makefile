@@ -1,5 +1,5 @@
 # The commands of the project. What they do is in tests/rig; none of them asks a question.
-.PHONY: help build demo demo-guest test setup clean-rig
+.PHONY: help build demo demo-guest test bench-map setup clean-rig
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -16,6 +16,9 @@ demo-guest: ## the same with a QEMU guest
 
 test: ## everything: format, lints, tests, and the rig with a real vfio-pci device
 	@tests/rig/everything
+
+bench-map: ## how long it takes to map a guest's memory, beside DPDK; GIB=1,8: how much of it
+	@tests/rig/figures $(GIB)
 
 setup: ## install what demo and test need (as root; else says what to type)
 	@tests/rig/setup rig

@@ -33,9 +33,9 @@ const STEP: Duration = Duration::from_millis(1);
 const REGION_BOUND: Duration = Duration::from_millis(200);
 /// How often to look whether announced memory is still there.
 const MEMORY_BEAT: Duration = Duration::from_secs(2);
-/// How often to look whether memory was discarded behind the card's back. Looking costs system calls in proportion to
-/// the guest's memory.
-const DISCARD_BEAT: Duration = Duration::from_secs(10);
+/// How often to look whether memory was discarded behind the card's back: as a rule, and at least, however often some is
+/// found. Looking costs system calls in proportion to the guest's memory.
+const DISCARD_BEAT: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(640));
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
@@ -68,18 +68,15 @@ pub fn serve(stream: UnixStream, session: &Arc<Session>, stop: &Stop) -> End {
         Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
-    let mut last_look = Instant::now();
+    let (mut last_look, mut beat) = (Instant::now(), DISCARD_BEAT.0);
     loop {
-        if last_look.elapsed() >= DISCARD_BEAT {
+        if last_look.elapsed() >= beat {
+            // What is found again and again, a balloon at work for instance, is not run after.
+            beat = match session.renew_discarded_or_tell() {
+                0 => DISCARD_BEAT.0,
+                _ => (2 * beat).min(DISCARD_BEAT.1),
+            };
             last_look = Instant::now();
-            if let Err(error) = session.renew_discarded() {
-                let error: &dyn std::error::Error = &error;
-                tracing::error!(
-                    port = session.port().name(),
-                    error,
-                    "discarded memory is not mapped anew"
-                );
-            }
         }
         let in_motion = session.regions_in_motion();
         let patience = if in_motion { REGION_BOUND } else { MEMORY_BEAT };

@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 
 use crate::endpoint::{EndpointError, OwnPath, listen};
 use crate::inventory::{Inventory, InventoryError, Outcome};
-use crate::report::Report;
+use crate::report::{Detail, Report};
 use crate::signals::{Stop, Woken};
 
 const MODE: u32 = 0o600;
@@ -64,7 +64,7 @@ fn answer(inventory: &Arc<Inventory>, line: &str) -> Value {
         Ok(value) => json!({ "ok": value }),
         Err(error) => {
             let error = chain(&error);
-            if order != Order::Stats {
+            if !matches!(order, Order::Stats { .. }) {
                 tracing::warn!(command = order.command(), "refused: {error}");
             }
             json!({ "error": error })
@@ -93,16 +93,24 @@ fn read(line: &str) -> Result<Order, String> {
 
 fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryError> {
     let outcome = match order {
-        Order::Stats => return Ok(json!(Report::of(&inventory.ports(), &inventory.maps()))),
+        Order::Stats { buffers } => {
+            let detail = if *buffers {
+                Detail::Buffers
+            } else {
+                Detail::Counters
+            };
+            return Ok(json!(Report::of(&inventory.ports(), &inventory.maps(), detail)));
+        }
         Order::MapShow { name } => {
             let maps = match name {
                 Some(name) => vec![inventory.map(name)?],
                 None => inventory.maps(),
             };
-            return Ok(json!({ "maps": Report::of(&[], &maps).maps }));
+            return Ok(json!({ "maps": Report::of(&[], &maps, Detail::Counters).maps }));
         }
         Order::MapCreate(map) => inventory.create_map(map, &[])?,
         Order::MapDestroy { name } => inventory.destroy_map(name)?,
+        Order::MapCheck { name } => inventory.check_maps(name.as_deref())?,
         Order::DeviceAttach { device, port } => inventory.attach_device(device, port)?,
         Order::DeviceDetach { device } => inventory.detach_device(device)?,
         Order::PortAdd(port) => inventory.add_port(port)?,
@@ -227,6 +235,14 @@ pub fn ask(path: &Path, order: &Order) -> Result<Value, AskError> {
 mod tests {
     use super::*;
 
+    struct AskOnDrop<'a>(&'a Stop);
+
+    impl Drop for AskOnDrop<'_> {
+        fn drop(&mut self) {
+            self.0.ask();
+        }
+    }
+
     fn empty() -> Arc<Inventory> {
         Inventory::new(Vec::new(), None, &Stop::new().unwrap()).unwrap()
     }
@@ -266,10 +282,10 @@ mod tests {
         let inventory = empty();
         std::thread::scope(|scope| {
             scope.spawn(|| control.serve(&inventory, &stop));
-            assert_eq!(
-                ask(&path, &Order::Stats).unwrap(),
-                json!({ "ports": [], "maps": [] })
-            );
+            // Whatever fails: the scope waits for the server.
+            let _stop = AskOnDrop(&stop);
+            let stats = ask(&path, &Order::Stats { buffers: true }).unwrap();
+            assert_eq!((&stats["ports"], &stats["maps"]), (&json!([]), &json!([])));
             let none = Order::MapDestroy { name: "x".to_owned() };
             assert_eq!(
                 ask(&path, &none).unwrap(),
@@ -282,9 +298,10 @@ mod tests {
                 ask(&path, &unknown).unwrap_err().to_string(),
                 "there is no map `x`; there is none"
             );
-            stop.ask();
         });
-        let error = ask(&path, &Order::Stats).unwrap_err().to_string();
+        let error = ask(&path, &Order::Stats { buffers: false })
+            .unwrap_err()
+            .to_string();
         assert_eq!(
             error,
             format!("cannot reach a running vhost-user-vfio at {}", path.display())

@@ -98,6 +98,8 @@ pub struct Port {
     state: Mutex<State>,
     /// What `state` shows, so that nobody waits for a device just to look. Held for a moment, with nothing else taken.
     shown: Mutex<PortStatus>,
+    /// The guest's memory as its session has it, for the same.
+    memory: Mutex<Arc<Table>>,
 }
 
 struct State {
@@ -117,8 +119,6 @@ struct State {
     stuck: Vec<Stuck>,
     /// Guest memory that was to go while the device was stuck.
     abandoned: Vec<Arc<Extent>>,
-    /// The guest's memory as its session has it.
-    memory: Arc<Table>,
 }
 
 /// Where a lane runs.
@@ -134,6 +134,14 @@ pub trait Occupant: Send + Sync {
     ///
     /// Blocks for as long as that takes, and keeps the front-end waiting for so long.
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes);
+
+    /// Looks for memory of the guest that was discarded behind its pins, has it mapped anew, and returns how many bytes
+    /// were missing.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be mapped anew.
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// What becomes of a port's lanes when something was done to its device.
@@ -151,6 +159,10 @@ struct Vacant;
 impl Occupant for Vacant {
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         work();
+    }
+
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(0)
     }
 }
 
@@ -202,6 +214,7 @@ impl Port {
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
             stats: (0..queues).map(|_| Arc::default()).collect(),
+            memory: Mutex::default(),
             shown: Mutex::new(shown),
             state: Mutex::new(State {
                 nic,
@@ -214,7 +227,6 @@ impl Port {
                 occupant: Weak::<Vacant>::new(),
                 stuck: Vec::new(),
                 abandoned: Vec::new(),
-                memory: Arc::default(),
             }),
         }
     }
@@ -275,14 +287,26 @@ impl Port {
         self.state().abandoned.extend(extents);
     }
 
-    /// Takes note of the guest's memory, for `stats`.
-    pub fn set_memory(&self, table: &Arc<Table>) {
-        self.state().memory = Arc::clone(table);
+    /// Has memory of whoever is connected that was discarded behind its pins mapped anew, and returns how many bytes
+    /// were missing.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be mapped anew.
+    pub fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        // The occupant comes back here for its lanes, so it is asked with nothing held.
+        let occupant = self.state().occupant.upgrade();
+        occupant.map_or(Ok(0), |occupant| occupant.renew_discarded())
     }
 
-    /// The guest's memory as its session has it.
+    /// Takes note of the guest's memory, for `stats`.
+    pub fn set_memory(&self, table: &Arc<Table>) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(table);
+    }
+
+    /// The guest's memory as its session has it. Does not wait for the device.
     pub fn memory(&self) -> Arc<Table> {
-        Arc::clone(&self.state().memory)
+        Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Joins virtqueue `index` to the card and sets the lane going.
@@ -498,7 +522,8 @@ impl Port {
         drop(std::mem::replace(&mut state.nic, nic));
         self.show(state);
         self.let_go(state);
-        tracing::info!(port = self.name, before, device, "another device");
+        // Who asked for it says why.
+        tracing::debug!(port = self.name, before, device, "another device");
         Ok(())
     }
 
@@ -697,7 +722,7 @@ mod tests {
                 (status.device.as_str(), status.link, status.connected),
                 ("slow", Link::Up { mbps: 10 }, false)
             );
-            assert_eq!(port.resets(), 0);
+            assert_eq!((port.resets(), port.memory().regions().len()), (0, 0));
             let_end.send(()).unwrap();
             reset.join().unwrap().unwrap();
         });

@@ -111,7 +111,7 @@ pub struct LaneReport {
     pub pauses: u64,
     /// For how long in all, in microseconds.
     pub paused_us: u64,
-    /// What it has to do with each stretch of the guest's memory.
+    /// What it has to do with each stretch of the guest's memory. None where that was not asked for.
     pub extents: Vec<FootprintReport>,
 }
 
@@ -166,11 +166,20 @@ pub struct ExtentReport {
     pub owners: Vec<String>,
 }
 
+/// How much a report says of lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// Their counters, which are read beside them.
+    Counters,
+    /// Where their buffers are, too: they have to be asked, between two passes.
+    Buffers,
+}
+
 impl Report {
     /// Looks at everything.
-    pub fn of(ports: &[Arc<Port>], maps: &[Arc<MemoryMap>]) -> Self {
+    pub fn of(ports: &[Arc<Port>], maps: &[Arc<MemoryMap>], detail: Detail) -> Self {
         Self {
-            ports: ports.iter().map(|port| PortReport::of(port)).collect(),
+            ports: ports.iter().map(|port| PortReport::of(port, detail)).collect(),
             maps: maps.iter().map(|map| MapReport::of(map.snapshot())).collect(),
             process: ProcessReport::now(),
         }
@@ -188,11 +197,14 @@ impl ProcessReport {
 }
 
 impl PortReport {
-    fn of(port: &Port) -> Self {
+    fn of(port: &Port, detail: Detail) -> Self {
         let status = port.status();
         let lanes = status.running.iter().enumerate().filter_map(|(index, running)| {
-            // None where it does not run, or is being stopped just now.
-            let footprint = port.with_lane(index, |lane| lane.footprint()).ok().flatten();
+            let footprint = match detail {
+                // None where it does not run, or is being stopped just now.
+                Detail::Buffers => port.with_lane(index, |lane| lane.footprint()).ok().flatten(),
+                Detail::Counters => None,
+            };
             port.stats(index)
                 .map(|stats| LaneReport::of(index, *running, stats, footprint.unwrap_or_default()))
         });

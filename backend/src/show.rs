@@ -72,10 +72,10 @@ fn draw(map: &Map) -> String {
 }
 
 fn header(map: &Map) -> String {
-    let devices = if map.devices.is_empty() {
-        "no device".to_owned()
-    } else {
-        format!("devices {}", map.devices.join(", "))
+    let devices = match map.devices.as_slice() {
+        [] => "no device".to_owned(),
+        [one] => format!("device {one}"),
+        more => format!("devices {}", more.join(", ")),
     };
     let (mapped, pinned) = (size(map.mapped_bytes), size(map.pinned_bytes));
     let mut text = format!(

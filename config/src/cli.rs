@@ -152,7 +152,13 @@ struct ProcessFlags {
 #[derive(Debug, Subcommand)]
 enum ControlCommand {
     /// Print the counters of a running process as JSON.
-    Stats(Reach),
+    Stats {
+        #[command(flatten)]
+        reach: Reach,
+        /// Say of each lane where its buffers are, too. It has to be asked for that, which wakes its worker.
+        #[arg(long)]
+        buffers: bool,
+    },
     /// Make, remove and show the memory maps of a running process.
     #[command(subcommand)]
     Map(MapCommand),
@@ -194,6 +200,14 @@ enum MapCommand {
         /// Its name.
         #[arg(value_parser = value::name)]
         name: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
+    /// Look for memory that a balloon or its like took from a guest while it is pinned, and map it anew.
+    Check {
+        /// One map. Without it, all of them.
+        #[arg(value_parser = value::name)]
+        name: Option<String>,
         #[command(flatten)]
         reach: Reach,
     },
@@ -286,9 +300,9 @@ impl From<ControlCommand> for Command {
     fn from(command: ControlCommand) -> Self {
         let mut form = AnswerForm::Text;
         let (reach, order) = match command {
-            ControlCommand::Stats(reach) => {
+            ControlCommand::Stats { reach, buffers } => {
                 form = AnswerForm::Json;
-                (reach, Order::Stats)
+                (reach, Order::Stats { buffers })
             }
             ControlCommand::Map(MapCommand::Create {
                 name,
@@ -297,6 +311,7 @@ impl From<ControlCommand> for Command {
                 map_by,
             }) => (reach, Order::MapCreate(MapConfig { name, iommu, map_by })),
             ControlCommand::Map(MapCommand::Destroy { name, reach }) => (reach, Order::MapDestroy { name }),
+            ControlCommand::Map(MapCommand::Check { name, reach }) => (reach, Order::MapCheck { name }),
             ControlCommand::Map(MapCommand::Show { name, reach, json }) => {
                 if json {
                     form = AnswerForm::Json;
@@ -816,7 +831,10 @@ mod tests {
 
     #[test]
     fn stats_asks_a_running_process() {
-        assert_eq!(asked("stats --control /run/c"), (Order::Stats, AnswerForm::Json));
+        for (flag, buffers) in [("", false), (" --buffers", true)] {
+            let asked = asked(&format!("stats{flag} --control /run/c"));
+            assert_eq!(asked, (Order::Stats { buffers }, AnswerForm::Json));
+        }
         assert!(error("stats").contains("--control <PATH>"));
         assert_eq!(typed("statz --control c").unwrap_err().exit_code(), 2);
         assert_eq!(
@@ -848,6 +866,7 @@ mod tests {
             })
         );
         assert_eq!(order("map destroy x"), Order::MapDestroy { name: name() });
+        assert_eq!(order("map check"), Order::MapCheck { name: None });
         assert_eq!(order("map show"), Order::MapShow { name: None });
         assert_eq!(
             asked("map show x --json --control /run/c"),

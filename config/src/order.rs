@@ -21,13 +21,21 @@ use crate::value::{self, ValueError};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
     /// Show counters and maps.
-    Stats,
+    Stats {
+        /// Where each lane's buffers are, too. Asking that wakes the workers.
+        buffers: bool,
+    },
     /// Have a map like this.
     MapCreate(MapConfig),
     /// Have no map of this name.
     MapDestroy {
         /// The map.
         name: String,
+    },
+    /// Look for memory that was discarded behind the pins of a map, or of all, and map it anew.
+    MapCheck {
+        /// The map; `None` for all.
+        name: Option<String>,
     },
     /// Show a map, or all.
     MapShow {
@@ -101,10 +109,10 @@ struct Shape {
     keys: &'static [&'static str],
 }
 
-const COMMANDS: [Shape; 8] = [
+const COMMANDS: [Shape; 9] = [
     Shape {
         command: "stats",
-        keys: &[],
+        keys: &["buffers"],
     },
     Shape {
         command: "map-create",
@@ -112,6 +120,10 @@ const COMMANDS: [Shape; 8] = [
     },
     Shape {
         command: "map-destroy",
+        keys: &["name"],
+    },
+    Shape {
+        command: "map-check",
         keys: &["name"],
     },
     Shape {
@@ -155,7 +167,6 @@ impl fmt::Display for Hint<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match nearest(self.word, self.known.iter().copied()) {
             Some(word) => write!(f, "; did you mean `{word}`?"),
-            None if self.known.is_empty() => f.write_str("; it has none"),
             None => write!(f, "; known are {}", self.known.join(", ")),
         }
     }
@@ -165,9 +176,10 @@ impl Order {
     /// The command's word on the control socket.
     pub fn command(&self) -> &'static str {
         match self {
-            Self::Stats => "stats",
+            Self::Stats { .. } => "stats",
             Self::MapCreate(_) => "map-create",
             Self::MapDestroy { .. } => "map-destroy",
+            Self::MapCheck { .. } => "map-check",
             Self::MapShow { .. } => "map-show",
             Self::DeviceAttach { .. } => "device-attach",
             Self::DeviceDetach { .. } => "device-detach",
@@ -181,13 +193,19 @@ impl Order {
     /// A path that is no Unicode is shown with replacements: the control socket speaks text.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
         match self {
-            Self::Stats | Self::MapShow { name: None } => Vec::new(),
+            Self::Stats { buffers: true } => vec![("buffers", "true".to_owned())],
+            Self::Stats { buffers: false } | Self::MapShow { name: None } | Self::MapCheck { name: None } => {
+                Vec::new()
+            }
             Self::MapCreate(map) => vec![
                 ("name", map.name.clone()),
                 ("iommu", map.iommu.as_str().to_owned()),
                 ("map-by", map.map_by.as_str().to_owned()),
             ],
-            Self::MapDestroy { name } | Self::MapShow { name: Some(name) } | Self::PortRemove { name } => {
+            Self::MapDestroy { name }
+            | Self::MapShow { name: Some(name) }
+            | Self::MapCheck { name: Some(name) }
+            | Self::PortRemove { name } => {
                 vec![("name", name.clone())]
             }
             Self::DeviceAttach { device, port } => {
@@ -226,6 +244,9 @@ impl Order {
             "map-destroy" => Ok(Self::MapDestroy {
                 name: fields.require("name", value::name)?,
             }),
+            "map-check" => Ok(Self::MapCheck {
+                name: fields.get("name", value::name)?,
+            }),
             "map-show" => Ok(Self::MapShow {
                 name: fields.get("name", value::name)?,
             }),
@@ -240,7 +261,9 @@ impl Order {
             "port-remove" => Ok(Self::PortRemove {
                 name: fields.require("name", value::name)?,
             }),
-            _ => Ok(Self::Stats),
+            _ => Ok(Self::Stats {
+                buffers: fields.get("buffers", boolean)?.unwrap_or(false),
+            }),
         }
     }
 }
@@ -375,13 +398,18 @@ mod tests {
         let name = "tenant-b".to_owned();
         let device: DeviceSpec = "vfio-user:/run/card".parse().unwrap();
         let orders = [
-            Order::Stats,
+            Order::Stats { buffers: false },
+            Order::Stats { buffers: true },
             Order::MapCreate(MapConfig {
                 name: name.clone(),
                 iommu: IommuChoice::VfioUser,
                 map_by: MapBy::Address,
             }),
             Order::MapDestroy { name: name.clone() },
+            Order::MapCheck { name: None },
+            Order::MapCheck {
+                name: Some(name.clone()),
+            },
             Order::MapShow { name: None },
             Order::MapShow {
                 name: Some(name.clone()),
@@ -433,12 +461,12 @@ mod tests {
         );
         assert_eq!(
             error("fly", &[]),
-            "there is no command `fly`; known are stats, map-create, map-destroy, map-show, device-attach, \
+            "there is no command `fly`; known are stats, map-create, map-destroy, map-check, map-show, device-attach, \
              device-detach, port-add, port-remove"
         );
         assert_eq!(
             error("stats", &[("port", "a")]),
-            "command `stats` has no key `port`; it has none"
+            "command `stats` has no key `port`; known are buffers"
         );
         assert_eq!(
             error("port-add", &[("name", "a"), ("mut", "1400")]),

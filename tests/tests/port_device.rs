@@ -82,6 +82,10 @@ impl Guest {
 }
 
 impl Occupant for Guest {
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(0)
+    }
+
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         if let Some(frame) = self.last_moment.lock().unwrap().take() {
             self.send(&frame);

@@ -9,7 +9,9 @@
 //! The device is an Intel 82576 (QEMU's will do) bound to vfio-pci, which nothing else uses. A map is made and
 //! filled, the device comes, more is mapped, the device goes, comes again, and the map is emptied. Each time the
 //! device is there its registers are read, interrupts are provoked, and a frame crosses from one region to the
-//! other. Exit status 0 means that all of it was seen.
+//! other. Before that the back end itself is asked for what a map rests on: one pin for bytes that are mapped twice
+//! for a moment, and attaches that are refused and leave everything as it was. Exit status 0 means that all of it was
+//! seen.
 //!
 //! Read with: 82576 datasheet, chapters on interrupts, receive and transmit descriptors.
 
@@ -23,9 +25,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
-use vfio_glue::iommu::{DeviceAddress, IommuChoice, MapBy, choose};
+use vfio_glue::iommu::{DeviceAddress, Iommu, IommuChoice, IommuError, IommuKind, MapBy, MapRequest, choose};
 use vfio_glue::map::{Device, MemoryMap};
-use vfio_glue::memory::{DescriptorRing, RegionSpec, Table, TableHint};
+use vfio_glue::memory::{DescriptorRing, HostRange, RegionSpec, Table, TableHint};
 use vfio_glue::pci::config_space::{BusMaster, identity, set_bus_master};
 use vfio_glue::pci::{PciAddress, PciFunction, Registers};
 
@@ -102,6 +104,7 @@ fn run() -> Result<()> {
 
     let chosen = choose(choice, map_by, &[address])?;
     println!("chosen: {}", chosen.reason);
+    check_back_end(choose(choice, map_by, &[address])?.iommu, &on)?;
     let map = MemoryMap::new("main", chosen.iommu);
     let first = region(0)?;
     let table = map.add("check", vec![first.clone()])?;
@@ -142,15 +145,129 @@ fn changed(map: &Arc<MemoryMap>, now: &Table, wanted: Vec<RegionSpec>) -> Result
     Ok(next)
 }
 
-/// Guest memory of [`REGION_BYTES`] at `guest`.
-fn region(guest: u64) -> Result<RegionSpec> {
+/// What a map relies on, asked of the back end alone. Memory stays mapped here for as long as it is mapped there.
+fn check_back_end(mut iommu: Box<dyn Iommu>, on: &DeviceAddress) -> Result<()> {
+    const AT: Iova = Iova::new(0x1000_0000);
+    const AGAIN: Iova = Iova::new(0x2000_0000);
+    /// Beyond what any IOMMU has had so far.
+    const OUT_OF_REACH: Iova = Iova::new(1 << 60);
+    let half = REGION_BYTES / 2;
+    let memory = memory()?;
+    let before = pinned_bytes(iommu.kind())?;
+    let pinned = |iommu: &dyn Iommu| Ok::<u64, Box<dyn Error>>(pinned_bytes(iommu.kind())? - before);
+
+    let whole = request(&memory, 0, REGION_BYTES, AT, None)?;
+    iommu.map(&whole)?;
+    ensure(pinned(iommu.as_ref())? == 0, "bytes are pinned with no device")?;
+    iommu.attach(on)?;
+    ensure(
+        pinned(iommu.as_ref())? == REGION_BYTES,
+        "what is mapped is not what is pinned",
+    )?;
+    let again = request(&memory, half, half, AGAIN, Some(AT.offset(half)))?;
+    iommu.map(&again)?;
+    let twice = pinned(iommu.as_ref())?;
+    let expected = if iommu.shares_pins() {
+        REGION_BYTES
+    } else {
+        REGION_BYTES + half
+    };
+    ensure(
+        twice == expected,
+        "bytes mapped twice are pinned otherwise than said",
+    )?;
+    iommu.unmap(AT, REGION_BYTES)?;
+    ensure(pinned(iommu.as_ref())? == half, "the second mapping lost its pin")?;
+    iommu.unmap(AGAIN, half)?;
+    ensure(pinned(iommu.as_ref())? == 0, "pins are left")?;
+    iommu.detach(on)?;
+    println!(
+        "half of {} KiB mapped a second time: {} KiB pinned for the moment",
+        REGION_BYTES / 1024,
+        twice / 1024
+    );
+
+    let first = request(&memory, 0, half, AT, None)?;
+    iommu.map(&first)?;
+    let outside = request(&memory, half, half, OUT_OF_REACH, None)?;
+    iommu.map(&outside)?;
+    match iommu.attach(on).map(drop) {
+        Err(error @ IommuError::Stranded { .. }) => println!("stranding: {error}"),
+        other => return Err(format!("not refused for what is out of reach: {other:?}").into()),
+    }
+    iommu.unmap(OUT_OF_REACH, half)?;
+
+    // The second of two mappings cannot be pinned for as long as its bytes are not in the file.
+    let second = request(&memory, half, half, AGAIN, None)?;
+    iommu.map(&second)?;
+    memory.set_len(half)?;
+    match iommu.attach(on).map(drop) {
+        Err(error) => println!("half way: {}", chain(&error)),
+        Ok(()) => return Err("bytes that are not there were pinned".into()),
+    }
+    memory.set_len(REGION_BYTES)?;
+    ensure(pinned(iommu.as_ref())? == 0, "pins of a refused attach are left")?;
+    iommu.attach(on)?;
+    ensure(
+        pinned(iommu.as_ref())? == REGION_BYTES,
+        "after a refused attach something is not mapped",
+    )?;
+    iommu.detach(on)?;
+    iommu.unmap(AT, half)?;
+    iommu.unmap(AGAIN, half)?;
+    ensure(
+        iommu.usable_ranges()?.is_none(),
+        "ranges are narrow with no device",
+    )
+}
+
+fn request(
+    memory: &Arc<File>,
+    offset: u64,
+    len: u64,
+    iova: Iova,
+    same_as: Option<Iova>,
+) -> Result<MapRequest> {
+    Ok(MapRequest {
+        iova,
+        len,
+        file: Arc::clone(memory),
+        offset,
+        host: HostRange::of_file(memory, offset, len)?,
+        same_as,
+    })
+}
+
+/// What the kernel counts as pinned by this process: iommufd and type1 count in different places.
+fn pinned_bytes(kind: IommuKind) -> Result<u64> {
+    let key = if kind == IommuKind::Iommufd {
+        "VmPin:"
+    } else {
+        "VmLck:"
+    };
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib
+        .ok_or("the kernel does not tell what is pinned")?
+        .parse::<u64>()?
+        * 1024)
+}
+
+/// [`REGION_BYTES`] of memory that can be shared.
+fn memory() -> Result<Arc<File>> {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
     file.set_len(REGION_BYTES)?;
+    Ok(Arc::new(file))
+}
+
+/// Guest memory of [`REGION_BYTES`] at `guest`.
+fn region(guest: u64) -> Result<RegionSpec> {
     Ok(RegionSpec {
         guest: GuestAddress(guest),
         frontend: FrontendAddress(guest),
         len: REGION_BYTES,
-        file: Arc::new(file),
+        file: memory()?,
         file_offset: 0,
     })
 }

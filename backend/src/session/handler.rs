@@ -54,10 +54,10 @@ impl Session {
         change: impl FnOnce(&mut Vring) -> Result<(), SessionError>,
     ) -> VhostResult<()> {
         self.answer(request, |state| {
-            self.stop(state, index)?;
+            let stopped = self.stop(state, index)?;
             let changed = vring(state, index).and_then(change);
             // A change that is refused leaves what was known, and the lane goes on with that.
-            let settled = self.settle(state, index);
+            let settled = self.settle_after(state, index, stopped);
             changed.and(settled)
         })
     }
@@ -293,11 +293,21 @@ impl VhostUserBackendReqHandler for Session {
     fn get_vring_base(&self, index: u32) -> VhostResult<VhostUserVringState> {
         self.answer("GET_VRING_BASE", |state| {
             let at = index_of(index);
-            self.stop(state, at)?;
+            let stopped = self.stop(state, at)?;
             let vring = vring(state, at)?;
             vring.kick = None;
             vring.call = None;
-            Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+            let base = u32::from(vring.base);
+            // The answer is true whatever becomes of those that a reset took along.
+            if let Err(error) = self.settle_others(state, at, stopped) {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(
+                    port = self.port.name(),
+                    error,
+                    "a lane did not start again after a reset"
+                );
+            }
+            Ok(VhostUserVringState::new(index, base))
         })
     }
 
@@ -316,8 +326,8 @@ impl VhostUserBackendReqHandler for Session {
             let for_lane = clone(index, "call", fd.as_ref())?;
             vring(state, index)?.call = fd;
             if self.port.is_to_be_apart() {
-                self.stop(state, index)?;
-                return self.settle(state, index);
+                let stopped = self.stop(state, index)?;
+                return self.settle_after(state, index, stopped);
             }
             self.port.with_lane(index, move |lane| lane.set_call(for_lane))?;
             Ok(())

@@ -48,16 +48,23 @@ impl Session {
             .into_iter()
             .filter(|index| !self.runs(state, *index))
             .collect();
-        let settled = self.settle_all(state);
+        let settled = self.settle_on_memory(state);
         self.count_pauses(state, &paused, begun);
-        match settled {
-            // A virtqueue in a region that has gone waits for it to come back.
-            Err(error @ SessionError::VringMemory { .. }) => {
-                tracing::info!(port = owner, "{error}: it waits");
-                Ok(())
+        settled
+    }
+
+    /// Brings every lane to the memory there is now. A virtqueue in a region that has gone waits for it to come back.
+    fn settle_on_memory(&self, state: &mut State) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        for index in 0..state.vrings.len() {
+            match self.settle(state, index) {
+                Err(error @ SessionError::VringMemory { .. }) => {
+                    tracing::info!(port = self.port.name(), "{error}: it waits");
+                }
+                settled => result = result.and(settled),
             }
-            settled => settled,
         }
+        result
     }
 
     /// Looks whether memory was taken from the guest behind our back, by a balloon for instance, and maps anew what the
@@ -67,8 +74,10 @@ impl Session {
     ///
     /// As for any change of memory; what was found is mapped anew with the next one then.
     pub fn renew_discarded(&self) -> Result<u64, SessionError> {
+        // The kernel may have much to look through, and the device's trouble must not wait for it.
+        let table = Arc::clone(&self.state().table);
+        let missing = self.port.map().find_discarded(&table);
         let mut state = self.state();
-        let missing = self.port.map().find_discarded(&state.table);
         if state.table.has_discarded() {
             if self.is_worth_a_line() {
                 tracing::warn!(
@@ -84,18 +93,40 @@ impl Session {
         Ok(missing)
     }
 
+    /// As [`renew_discarded`](Self::renew_discarded), a failure being told in the log.
+    pub fn renew_discarded_or_tell(&self) -> u64 {
+        self.renew_discarded().unwrap_or_else(|error| {
+            if self.is_worth_a_line() {
+                let error: &dyn std::error::Error = &error;
+                tracing::error!(
+                    port = self.port.name(),
+                    error,
+                    "discarded memory is not mapped anew"
+                );
+            }
+            // It is there to be found the next time.
+            1
+        })
+    }
+
     /// Brings every lane that runs to the new table, or stops it.
     fn drain(&self, state: &mut State, change: &Change) -> Result<(), SessionError> {
+        let mut drained = Ok(());
         for index in 0..state.vrings.len() {
-            if self.runs(state, index) && !self.goes_over(state, index, change.table(), change.leaving())? {
-                self.halt(state, index)?;
+            if !self.runs(state, index) {
+                continue;
+            }
+            let went_over = self.goes_over(state, index, change.table(), change.leaving());
+            if !matches!(went_over, Ok(true)) {
+                let halted = self.halt(state, index);
+                drained = drained.and(went_over.map(drop)).and(halted);
             }
         }
         if self.port.is_stuck() {
             // Its DMA ends with a reset alone, and with it all lanes of the device.
             self.stop_all(state)?;
         }
-        Ok(())
+        drained
     }
 
     /// Has the lane of virtqueue `index` go on with `next`, and says whether it could.
@@ -118,7 +149,8 @@ impl Session {
             }
             lane.adopt(next, &leaving)
         })?;
-        Ok(adoption != Some(Adoption::InUse))
+        // None: it is on no worker, because it did not follow its link. Its queue may have anything.
+        Ok(adoption == Some(Adoption::Adopted))
     }
 
     fn runs(&self, state: &State, index: usize) -> bool {

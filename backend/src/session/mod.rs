@@ -253,6 +253,7 @@ impl Session {
                 let error: &dyn std::error::Error = &error;
                 tracing::error!(port = self.port.name(), error, "its guest's memory stays mapped");
                 let table = std::mem::take(&mut state.table);
+                self.port.set_memory(&state.table);
                 self.port.abandon(table.extents().to_vec());
             }
         }
@@ -271,6 +272,10 @@ impl Session {
 }
 
 impl Occupant for Session {
+    fn renew_discarded(&self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(Session::renew_discarded(self)?)
+    }
+
     fn with_lanes_stopped(&self, work: &mut dyn FnMut() -> Lanes) {
         let mut state = self.state();
         let stopped = self.halt_all(&mut state);

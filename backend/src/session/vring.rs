@@ -42,6 +42,15 @@ pub(super) struct Addresses {
     pub(super) used: FrontendAddress,
 }
 
+/// Which lanes a stop stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// The one that was meant.
+    One,
+    /// All of the device's, which was reset.
+    All,
+}
+
 impl Vring {
     /// Name, address and length in bytes of its descriptor table, available ring and used ring, once they are known.
     pub(super) fn areas(&self) -> Option<[(&'static str, FrontendAddress, usize); 3]> {
@@ -77,9 +86,41 @@ impl Session {
             && memory_is_known;
         match (vring.runs, wanted) {
             (false, true) => self.start(state, index),
-            (true, false) => self.stop(state, index),
+            (true, false) => {
+                let stopped = self.stop(state, index)?;
+                self.settle_others(state, index, stopped)
+            }
             _ => Ok(()),
         }
+    }
+
+    /// Brings the lane of virtqueue `index` to what is known of it, after a [`stop`](Self::stop), and those that the stop
+    /// took along.
+    pub(super) fn settle_after(
+        &self,
+        state: &mut State,
+        index: usize,
+        stopped: Reach,
+    ) -> Result<(), SessionError> {
+        let settled = self.settle(state, index);
+        self.settle_others(state, index, stopped).and(settled)
+    }
+
+    /// Brings the lanes that a stop of virtqueue `index` took along to what is known of them.
+    pub(super) fn settle_others(
+        &self,
+        state: &mut State,
+        index: usize,
+        stopped: Reach,
+    ) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        if stopped == Reach::All {
+            for other in (0..state.vrings.len()).filter(|other| *other != index) {
+                let settled = self.settle(state, other);
+                result = result.and(settled);
+            }
+        }
+        result
     }
 
     /// Brings every lane to what is known of it. Goes on after an error and returns the first.
@@ -187,14 +228,17 @@ impl Session {
     }
 
     /// Stops the lane of virtqueue `index`, if it runs. When this returns without an error, neither we nor the card
-    /// touch the guest's memory for it.
-    pub(super) fn stop(&self, state: &mut State, index: usize) -> Result<(), SessionError> {
+    /// touch the guest's memory for it, and it is at rest.
+    ///
+    /// A queue that will not stop takes all lanes of the device along: they are at rest too, until they are
+    /// [settled](Self::settle_after).
+    pub(super) fn stop(&self, state: &mut State, index: usize) -> Result<Reach, SessionError> {
         self.halt(state, index)?;
-        if self.port.is_stuck() {
-            self.reset_device(state)
-        } else {
-            Ok(())
+        if !self.port.is_stuck() {
+            return Ok(Reach::One);
         }
+        self.stop_all(state)?;
+        Ok(Reach::All)
     }
 
     /// Stops all lanes. After an error the card may still use the guest's memory.
@@ -226,12 +270,5 @@ impl Session {
             vring.base = first_unused;
         }
         Ok(())
-    }
-
-    /// The one way out of a card that will not stop: all lanes stop, the device is reset, those that ran run again.
-    pub(super) fn reset_device(&self, state: &mut State) -> Result<(), SessionError> {
-        self.halt_all(state)?;
-        self.port.reset()?;
-        self.settle_all(state)
     }
 }

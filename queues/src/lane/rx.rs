@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 
 use vfio_glue::address::{GuestAddress, Iova};
 use vfio_glue::map::Leaving;
-use vfio_glue::memory::{HostSlice, Table, TableHint};
+use vfio_glue::memory::{HostSlice, Table};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
@@ -28,6 +28,8 @@ use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
 
 /// Frames passed on in one pass.
 const BURST: usize = 32;
+/// How many buffers of one chain are looked at when memory changes. The frame of a driver lies in a handful.
+const MOST_PIECES: usize = 32;
 
 /// A receive lane over one of a card's receive queues.
 #[derive(Debug)]
@@ -231,10 +233,22 @@ impl<R: RxRing> RxLane<R> {
         }
     }
 
+    /// The current chain's buffers, as far as a frame and its header can reach.
     fn list_of_chain(&mut self) -> Vec<Buffer> {
         let mut list = self.spare_lists.pop().unwrap_or_default();
         list.clear();
-        list.extend_from_slice(self.chain.writable());
+        let mut rest = self.guest.header_len + self.ring.buffer_bytes();
+        for buffer in self.chain.writable() {
+            if rest == 0 {
+                break;
+            }
+            let len = buffer.len.min(rest);
+            list.push(Buffer {
+                addr: buffer.addr,
+                len,
+            });
+            rest -= len;
+        }
         list
     }
 
@@ -348,7 +362,6 @@ impl<R: RxRing> RxLane<R> {
 
     /// Copies `bytes` into the buffers, starting `skip` bytes in.
     fn scatter(&self, buffers: &[Buffer], skip: u32, bytes: &[u8]) {
-        let mut hint = TableHint::default();
         let mut skip = skip;
         let mut left = bytes;
         for buffer in buffers {
@@ -358,7 +371,7 @@ impl<R: RxRing> RxLane<R> {
             let mut rest = buffer.len - skipped;
             while rest > 0 && !left.is_empty() {
                 let want = rest.min(u32::try_from(left.len()).unwrap_or(u32::MAX));
-                let Some(piece) = self.guest.table.lookup(&mut hint, GuestAddress(at), want) else {
+                let Some(piece) = self.guest.table.lookup_once(GuestAddress(at), want) else {
                     return;
                 };
                 let host: HostSlice<'_> = piece.host;
@@ -424,7 +437,10 @@ impl<R: RxRing> Way for RxLane<R> {
     fn is_kept_by(&self, next: &Table, leaving: &Leaving) -> bool {
         let now = &self.guest.table;
         let keeps = |start, len| now.keeps(next, leaving, start, len);
-        let all_kept = |buffers: &[Buffer]| buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len));
+        // More pieces than any driver makes are not gone through while others wait: that lane is stopped instead.
+        let all_kept = |buffers: &[Buffer]| {
+            buffers.len() <= MOST_PIECES && buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len))
+        };
         self.posted.iter().all(|posted| match &posted.kind {
             Kind::InPlace { header } => !leaving.has(posted.iova) && keeps(*header, self.guest.header_len),
             Kind::OddHeader { buffers } => !leaving.has(posted.iova) && all_kept(buffers),

@@ -280,7 +280,6 @@ impl<R: TxRing> TxLane<R> {
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
     fn gather(&self, into: &HostSlice<'_>) -> usize {
-        let mut hint = TableHint::default();
         let mut skip = self.guest.header_len;
         let mut copied = 0;
         for buffer in self.chain.readable() {
@@ -289,7 +288,7 @@ impl<R: TxRing> TxLane<R> {
             let mut rest = buffer.len - skipped;
             let mut at = buffer.addr.0.wrapping_add(u64::from(skipped));
             while rest > 0 {
-                let piece = self.guest.table.lookup(&mut hint, GuestAddress(at), rest);
+                let piece = self.guest.table.lookup_once(GuestAddress(at), rest);
                 let target = into.sub(copied, into.len() - copied);
                 let (Some(piece), Some(target)) = (piece, target) else {
                     return copied;

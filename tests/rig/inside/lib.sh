@@ -91,10 +91,22 @@ backend_start() {
 	if [ -n "${RIG_STAND_IN:-}" ]; then
 		stand_in_start "$address"
 	else
-		${BACKEND_AS:-} "$PROGRAM" --device "$address" --socket-path "$SOCKET" --control "$CONTROL" "$@" \
-			>"$LOGS/backend.log" 2>&1 &
+		backend_run --device "$address" --socket-path "$SOCKET" --control "$CONTROL" "$@"
 	fi
 	BACKEND=$!
+	backend_comes_up
+}
+
+# The same with the ports and maps of a configuration file.
+backend_start_with() {
+	backend_run --config "$@"
+	BACKEND=$!
+	backend_comes_up
+}
+
+backend_run() { ${BACKEND_AS:-} "$PROGRAM" "$@" >"$LOGS/backend.log" 2>&1 & }
+
+backend_comes_up() {
 	# Sockets are bound before devices are opened, so a socket alone says little.
 	backend_is_up() {
 		if [ -n "${RIG_STAND_IN:-}" ]; then [ -S "$SOCKET" ]; else grep -q ' ready ' "$LOGS/backend.log"; fi
@@ -122,25 +134,27 @@ backend_stop() {
 
 # What the statistics show, checked by `picture`, as one line; further words are its requirements.
 stats_show() { stats >"$LOGS/stats.json" && "$RIG_TOOLS/picture" --line "$@" "$LOGS/stats.json"; }
-stats() { "$PROGRAM" stats --control "$CONTROL"; }
+stats() { "$PROGRAM" stats --control "$CONTROL" "$@"; }
 
 # ---- the front-end: testpmd's virtio-user, with a veth pair so that any program can send and receive through it --
 #
 #   guest0 ══veth══ guest0w ── af_packet port ── testpmd ── virtio-user port ── the back end's socket
 #
 # As with BACKEND_AS, FRONT_END_AS is a command that runs it as somebody else or somewhere else.
+# A second one beside it: FRONT_END_VETH=guest1, with a socket and a GUEST_MAC of its own.
+FRONT_END_VETH=guest0
 
 front_end_veth() {
-	[ -e /sys/class/net/guest0 ] || ip link add guest0 type veth peer name guest0w
-	quiet_interface guest0
-	quiet_interface guest0w
+	[ -e /sys/class/net/$FRONT_END_VETH ] || ip link add $FRONT_END_VETH type veth peer name ${FRONT_END_VETH}w
+	quiet_interface $FRONT_END_VETH
+	quiet_interface ${FRONT_END_VETH}w
 }
 
 # How testpmd is called, one word per line; further words are EAL options (its memory).
 front_end_command() {
-	printf '%s\n' dpdk-testpmd --lcores 0@0,1@1 --no-pci --file-prefix front "$@" \
+	printf '%s\n' dpdk-testpmd --lcores 0@0,1@1 --no-pci --file-prefix front-$FRONT_END_VETH "$@" \
 		--vdev "net_virtio_user0,path=$SOCKET,mac=$GUEST_MAC,queue_size=256,mrg_rxbuf=1,in_order=1" \
-		--vdev net_af_packet0,iface=guest0w,framecnt=512,blocksz=4096,framesz=2048 \
+		--vdev net_af_packet0,iface=${FRONT_END_VETH}w,framecnt=512,blocksz=4096,framesz=2048 \
 		-- --forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600
 }
 
@@ -149,7 +163,7 @@ front_end_start() {
 	local command
 	front_end_veth
 	mapfile -t command < <(front_end_command "$@")
-	${FRONT_END_AS:-} "${command[@]}" >"$LOGS/front-end.log" 2>&1 &
+	${FRONT_END_AS:-} "${command[@]}" >"$LOGS/front-end-$FRONT_END_VETH.log" 2>&1 &
 	FRONT_END=$!
 }
 
@@ -161,8 +175,8 @@ front_end_stop() {
 }
 
 # Frames from guest to wire (tx), from wire to guest (rx), or both at once; further words go to wire-check.
-tx() { "$RIG_TOOLS/wire-check" through --from guest0 --to "$PEER" "$@"; }
-rx() { "$RIG_TOOLS/wire-check" through --from "$PEER" --to guest0 --dst $GUEST_MAC "$@"; }
+tx() { "$RIG_TOOLS/wire-check" through --from $FRONT_END_VETH --to "$PEER" "$@"; }
+rx() { "$RIG_TOOLS/wire-check" through --from "$PEER" --to $FRONT_END_VETH --dst $GUEST_MAC "$@"; }
 # Whether frames passed the peer's card since this was last asked.
 frames_move() {
 	local before=${frames_seen:-0}
@@ -171,10 +185,10 @@ frames_move() {
 }
 both_ways() {
 	local seen status=0
-	rx "$@" >"$RUN/rx.seen" 2>&1 &
+	rx "$@" >"$RUN/rx-$FRONT_END_VETH.seen" 2>&1 &
 	local other=$!
 	seen=$(tx "$@" 2>&1) || status=1
 	wait $other || status=1
-	echo "$seen; $(cat "$RUN/rx.seen")"
+	echo "$seen; $(cat "$RUN/rx-$FRONT_END_VETH.seen")"
 	return $status
 }

@@ -274,6 +274,15 @@ impl Slot {
         }
     }
 
+    /// The card as a PCI function, to be plugged in some other way.
+    pub fn function(&self) -> Arc<dyn PciFunction> {
+        Arc::new(CardFunction {
+            name: self.address.to_string(),
+            card: Arc::clone(&self.card),
+            host: Arc::clone(&self.host),
+        })
+    }
+
     /// Attaches the card and brings the driver up on it, the link still negotiating.
     ///
     /// # Panics

@@ -3,10 +3,14 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
+use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::Signals;
 use tests::wire::{Limit, Mac, PacketSocket, Pattern, Run, Tally, echo, receive, send, through};
 
 /// Ethernet frames with a sequence number and known contents, over AF_PACKET.
@@ -59,13 +63,17 @@ enum Mode {
 }
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("limit").required(true).args(["count", "seconds", "until_term"])))]
 struct RunArgs {
-    /// How many frames; without it, as many as fit into --seconds.
-    #[arg(long, required_unless_present = "seconds", conflicts_with = "seconds")]
+    /// How many frames.
+    #[arg(long)]
     count: Option<u64>,
     /// For how long.
     #[arg(long)]
     seconds: Option<u64>,
+    /// Until SIGTERM; what is under way then is still waited for and checked.
+    #[arg(long)]
+    until_term: bool,
     /// Bytes of a frame: 64 (60 and the FCS a wire adds), or 60 to 9216 without FCS.
     #[arg(long, default_value_t = 64)]
     size: usize,
@@ -94,7 +102,8 @@ impl RunArgs {
         let len_bytes = Pattern::len_bytes_of(self.size).map_err(anyhow::Error::msg)?;
         let limit = match (self.count, self.seconds) {
             (Some(frames), _) => Limit::Frames(frames),
-            (None, seconds) => Limit::Time(Duration::from_secs(seconds.unwrap_or_default())),
+            (None, Some(seconds)) => Limit::Time(Duration::from_secs(seconds)),
+            (None, None) => Limit::Flag(told_to_end()?),
         };
         Ok(Run {
             pattern: Pattern {
@@ -133,6 +142,18 @@ impl RunArgs {
             ExitCode::FAILURE
         })
     }
+}
+
+/// A flag that SIGTERM sets.
+fn told_to_end() -> Result<&'static AtomicBool> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    let mut signals = Signals::new([SIGTERM]).context("cannot take SIGTERM")?;
+    thread::spawn(move || {
+        for _ in signals.forever() {
+            TOLD.store(true, Ordering::Relaxed);
+        }
+    });
+    Ok(&TOLD)
 }
 
 fn main() -> ExitCode {

@@ -1,5 +1,6 @@
 //! The four things done with checked frames: send them, receive them, send them back, and send through a path.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::frame::{Pattern, Seen};
@@ -20,6 +21,8 @@ pub enum Limit {
     Frames(u64),
     /// After this long.
     Time(Duration),
+    /// When somebody has set this.
+    Flag(&'static AtomicBool),
 }
 
 impl Limit {
@@ -27,6 +30,7 @@ impl Limit {
         match self {
             Self::Frames(frames) => sent >= frames,
             Self::Time(time) => begun.elapsed() >= time,
+            Self::Flag(stop) => stop.load(Ordering::Relaxed),
         }
     }
 }
@@ -128,14 +132,15 @@ pub fn receive(socket: &PacketSocket, run: &Run) -> Result<Tally, WireError> {
     let mut receiver = Receiver::new(socket, run.pattern);
     let mut patience = run.up_within;
     let begun = Instant::now();
-    while tally.missing() > 0 || matches!(run.limit, Limit::Time(time) if begun.elapsed() < time) {
+    let by_count = matches!(run.limit, Limit::Frames(_));
+    while tally.missing() > 0 || (!by_count && !run.limit.is_reached(0, begun)) {
         if receiver.drain(&mut tally)? {
             patience = run.idle;
         } else if !socket.wait(patience)? {
             break;
         }
     }
-    if matches!(run.limit, Limit::Time(_)) {
+    if !by_count {
         tally.expected = tally.highest();
     }
     Ok(tally)
@@ -171,7 +176,7 @@ pub fn echo(socket: &PacketSocket, run: &Run) -> Result<Tally, WireError> {
     }
     tally.expected = match run.limit {
         Limit::Frames(frames) => frames,
-        Limit::Time(_) => tally.highest(),
+        Limit::Time(_) | Limit::Flag(_) => tally.highest(),
     };
     Ok(tally)
 }

@@ -5,7 +5,9 @@
 use std::fmt;
 use std::io;
 
-use super::{Iommu, IommuError, IommuKind, Iommufd, Type1, node};
+use super::iommufd::Iommufd;
+use super::type1::Type1;
+use super::{Iommu, IommuError, IommuKind, node};
 use crate::pci::PciAddress;
 use crate::pci::sysfs::{Found, Sysfs};
 

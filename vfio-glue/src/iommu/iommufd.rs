@@ -6,8 +6,9 @@
 //!
 //! By file needs no mapping of ours and survives a change of process (TRAPS 49); by address is for kernels
 //! before 6.13 and for files that are neither memfd nor hugetlbfs (TRAPS 24). With no device attached nothing is
-//! pinned yet, so a pin can fail as late as at the first attach (TRAPS 48). Bytes that move to another mapping are
-//! copied from the old one, so that they stay pinned once.
+//! pinned yet, so a pin can fail as late as at the first attach (TRAPS 48). Bytes mapped by file that move to another
+//! mapping are copied from the old one, so that they stay pinned once; by address the kernel pins them twice until the
+//! old one goes.
 //!
 //! Read with: Linux `Documentation/userspace-api/iommufd.rst`; `include/uapi/linux/iommufd.h`.
 
@@ -37,7 +38,7 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// One IOAS and the devices on it.
-pub struct Iommufd {
+pub(super) struct Iommufd {
     iommufd: File,
     ioas: u32,
     by: By,
@@ -67,10 +68,6 @@ impl Iommufd {
     ///
     /// [`IommuError::Open`], [`IommuError::MapByFile`] if `map_by` asks for what this kernel has not, or
     /// [`IommuError::Call`].
-    pub fn new(map_by: MapBy) -> Result<Self, IommuError> {
-        Self::with(map_by, Sysfs::default())
-    }
-
     pub(super) fn with(map_by: MapBy, sysfs: Sysfs) -> Result<Self, IommuError> {
         let path = sysfs.iommufd();
         let iommufd = node::open(&path, node::IOMMUFD_ABSENT)?;
@@ -272,8 +269,10 @@ impl Iommu for Iommufd {
         Ok(Some(self.reach(self.ioas)?.ranges))
     }
 
+    /// By address a copy would name the memory by the address it was first mapped from, which need not be ours by the
+    /// time a device comes: by file only.
     fn shares_pins(&self) -> bool {
-        true
+        self.by != By::Address
     }
 
     fn locked_memory(&self) -> Option<LockedMemory> {
@@ -291,8 +290,9 @@ impl Iommu for Iommufd {
             By::File | By::FileWherePossible if fit => MappedBy::File,
             _ => MappedBy::Address,
         };
-        // A copy is by file if the mapping it is made from is, and that was decided here too.
-        if request.same_as.is_none_or(|from| !self.copy(request, from)) {
+        // What is mapped by file here was so the first time.
+        let source = request.same_as.filter(|_| by == MappedBy::File);
+        if source.is_none_or(|from| !self.copy(request, from)) {
             if by == MappedBy::File {
                 self.map_file(request)?;
             } else {

@@ -31,9 +31,7 @@ use crate::memory::HostRange;
 use crate::pci::{PciAddress, PciFunction};
 
 pub use choose::{Chosen, IommuChoice, MapBy, choose};
-pub use iommufd::Iommufd;
 pub use locked::{Accounting, LockedMemory, own_locked_bytes};
-pub use type1::Type1;
 pub use vfio_user::VfioUserIommu;
 
 /// Which back end programs the IOMMU.

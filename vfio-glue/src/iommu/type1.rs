@@ -32,7 +32,7 @@ use crate::pci::{PciAddress, PciFunction};
 use crate::sys;
 
 /// One container, its groups and what is mapped.
-pub struct Type1 {
+pub(super) struct Type1 {
     container: File,
     sysfs: Sysfs,
     groups: BTreeMap<u32, Group>,
@@ -72,10 +72,6 @@ impl Type1 {
     /// # Errors
     ///
     /// [`IommuError::Open`], or [`IommuError::Call`] if this kernel's container is no type1v2 one.
-    pub fn new() -> Result<Self, IommuError> {
-        Self::with(Sysfs::default())
-    }
-
     pub(super) fn with(sysfs: Sysfs) -> Result<Self, IommuError> {
         let path = sysfs.container();
         let container = node::open(&path, node::CONTAINER_ABSENT)?;

@@ -3,22 +3,24 @@
 //! Every change either happens as a whole or leaves the books, the IOMMU and the software bus as they were. A range
 //! whose unmap failed is the one exception, and the books know it for ever.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::sync::Arc;
 
 use super::MapError;
 use super::budget;
 use super::discards::PinnedFile;
-use super::extent::{Extent, ExtentKey, cells_in};
+use super::extent::{CELL_BYTES, Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
 use super::iova::{IovaAllocator, cautious_ranges};
-use super::plan::{self, Add, Mapped, Pins, Plan, Wanted, WhyAdded, WhyKept};
+use super::plan::{self, Add, Mapped, Pins, Plan, Splinters, Wanted, WhyAdded, WhyKept};
+use super::snapshot::pinned_bytes;
 use crate::address::Iova;
 use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, MapRequest, MappedBy};
-use crate::memory::{FileError, HostRange, RegionSpec, guard};
+use crate::memory::{FileError, HostRange, RegionSpec, guard, has_reserved};
 
 pub(super) struct Books {
     pub(super) iommu: Box<dyn Iommu>,
@@ -38,6 +40,10 @@ pub(super) struct Record {
     /// as the map lives, so it keeps its IOVA and its memory and nobody is given it again.
     pub(super) owners: Vec<String>,
 }
+
+/// How many extents one guest may have beside one for each gigabyte of its memory: what a process can keep an eye on is
+/// there for all of its guests.
+const MOST_EXTENTS: usize = 1024;
 
 /// Shown as the owner of a range that could not be unmapped.
 pub(super) const UNMAP_FAILED: &str = "unmap failed";
@@ -120,8 +126,23 @@ impl Books {
                 });
             }
         }
-        let plan = self.plan(now, wanted);
-        self.check_room(&plan.add)?;
+        let mut plan = self.plan(now, wanted, Splinters::Join);
+        if self.check_room(&plan.add).is_err() {
+            // Putting together what is in many extents takes room of its own, and can wait.
+            plan = self.plan(now, wanted, Splinters::Stay);
+            self.check_room(&plan.add)?;
+        }
+        let cells = wanted
+            .iter()
+            .map(|pages| (pages.wanted.range.end - pages.wanted.range.start) / CELL_BYTES)
+            .sum::<u64>();
+        let (pieces, limit) = (
+            plan.keep.len() + plan.add.len(),
+            MOST_EXTENTS + usize::try_from(cells).unwrap_or(0),
+        );
+        if pieces > limit {
+            return Err(MapError::TooManyPieces { need: pieces, limit }.into());
+        }
         tracing::debug!(
             owner,
             keep = plan.keep.len(),
@@ -135,8 +156,9 @@ impl Books {
         let mut changed = Changed::default();
         match self.carry_out(bus, owner, &plan, wanted, &mut changed) {
             Ok(()) => {
-                let dropped = |extent: &&Arc<Extent>| plan.drop.iter().any(|gone| gone.iova == extent.iova);
-                changed.dropped = now.iter().filter(dropped).cloned().collect();
+                let gone: HashSet<Iova> = plan.drop.iter().map(|gone| gone.iova).collect();
+                let dropped = now.iter().filter(|extent| gone.contains(&extent.iova));
+                changed.dropped = dropped.cloned().collect();
                 Ok(changed)
             }
             Err(error) => {
@@ -146,20 +168,18 @@ impl Books {
         }
     }
 
-    fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages]) -> Plan {
-        let is_now = |record: &Record| now.iter().any(|extent| Arc::ptr_eq(extent, &record.extent));
-        let is_wanted = |record: &Record| {
-            let file = record.extent.key.file;
-            wanted.iter().any(|pages| pages.wanted.file == file)
-        };
+    fn plan(&self, now: &[Arc<Extent>], wanted: &[WantedPages], splinters: Splinters) -> Plan {
+        let now: HashSet<Iova> = now.iter().map(|extent| extent.iova).collect();
+        let files: HashSet<FileId> = wanted.iter().map(|pages| pages.wanted.file).collect();
         let of_interest = self.records.values().filter_map(|record| {
-            let owned = is_now(record);
+            let (iova, file) = (record.extent.iova, record.extent.key.file);
+            let owned = now.contains(&iova);
             // One that could not be unmapped is nobody's, and nobody is given it again.
-            let usable = owned || (!record.owners.is_empty() && is_wanted(record));
+            let usable = owned || (!record.owners.is_empty() && files.contains(&file));
             usable.then(|| Mapped {
-                iova: record.extent.iova,
-                file: record.extent.key.file,
-                range: record.extent.key.offset..record.extent.key.offset + record.extent.key.len,
+                iova,
+                file,
+                range: record.extent.file_range(),
                 owned,
                 fit: record.extent.is_fit(),
             })
@@ -170,7 +190,7 @@ impl Books {
             Pins::Each
         };
         let wanted: Vec<Wanted> = wanted.iter().map(|pages| pages.wanted.clone()).collect();
-        plan::plan(&of_interest.collect::<Vec<_>>(), &wanted, pins)
+        plan::plan(&of_interest.collect::<Vec<_>>(), &wanted, pins, splinters)
     }
 
     fn carry_out(
@@ -181,27 +201,48 @@ impl Books {
         wanted: &[WantedPages],
         changed: &mut Changed,
     ) -> Result<(), AcquireError> {
+        // Where the card finds what comes right behind an extent, if that is free.
+        let mut behind: HashMap<(FileId, u64), u64> = HashMap::new();
+        let end_of = |extent: &Extent| {
+            let key = (extent.key.file, extent.file_range().end);
+            (key, extent.iova.raw() + extent.len())
+        };
         for kept in &plan.keep {
             let Some(record) = self.records.get_mut(&kept.iova) else {
                 continue;
             };
+            behind.extend([end_of(&record.extent)]);
             changed.extents.push(Arc::clone(&record.extent));
             if kept.why == WhyKept::Shared {
                 record.owners.push(owner.to_owned());
                 changed.gained.push(Arc::clone(&record.extent));
             }
         }
+        // Once for each file: looking costs the more the more holes its owner has made.
+        let mut reserved: HashMap<FileId, bool> = HashMap::new();
         for add in &plan.add {
             let file = wanted.iter().find(|pages| pages.wanted.file == add.file);
             let Some(file) = file.map(|pages| &pages.file) else {
                 continue;
             };
+            let refused = |source| AcquireError::File {
+                file: Arc::clone(file),
+                offset: add.range.start,
+                source,
+            };
+            let reserved = match reserved.entry(add.file) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(unknown) => *unknown.insert(has_reserved(file).map_err(refused)?),
+            };
+            if reserved {
+                let (offset, len) = (add.range.start, add.range.end - add.range.start);
+                let host = HostRange::of_file(file, offset, len).map_err(refused)?;
+                host.populate().map_err(refused)?;
+            }
             // Next to the bytes before it where that can be: contiguous for the card as they are in the file.
-            let before = changed.extents.iter().find(|extent| {
-                extent.key.file == add.file && extent.key.offset + extent.key.len == add.range.start
-            });
-            let after = before.map(|extent| extent.iova.raw() + extent.len());
+            let after = behind.get(&(add.file, add.range.start)).copied();
             let extent = self.map_one(bus, file, add, owner, after)?;
+            behind.extend([end_of(&extent)]);
             changed.extents.push(Arc::clone(&extent));
             changed.gained.push(extent);
             self.discards += u64::from(add.why == WhyAdded::Replaces);
@@ -369,7 +410,7 @@ impl Books {
 
     /// Whether a device that comes now can have all that is mapped pinned for it.
     pub(super) fn check_attach(&self) -> Result<(), MapError> {
-        let mapped = self.records.values().map(|record| record.extent.len()).sum();
+        let mapped = pinned_bytes(self.records.values(), self.iommu.as_ref());
         budget::check_attach(self.iommu.as_ref(), mapped)
     }
 

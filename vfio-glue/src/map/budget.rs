@@ -1,7 +1,7 @@
 //! Whether what a change will pin fits the limit on locked memory, asked before anything is mapped.
 //!
 //! ```text
-//! Books::acquire, MemoryMap::attach ──▶ here ◀── LockedMemory (what the kernel counts now) ── dyn Iommu
+//! Books::change, Books::add_own, MemoryMap::attach ──▶ here ◀── LockedMemory (what the kernel counts now) ── dyn Iommu
 //! ```
 //!
 //! A map with no device pins nothing yet. Its bytes are promised all the same, so that a map cannot be filled with
@@ -15,6 +15,9 @@ use crate::iommu::{Iommu, LockedMemory};
 
 /// Whether `need` more bytes can be pinned, now or when a first device comes.
 pub(super) fn check(iommu: &dyn Iommu, need: u64) -> Result<(), MapError> {
+    if need == 0 {
+        return Ok(());
+    }
     iommu.locked_memory().map_or(Ok(()), |locked| fits(need, &locked))
 }
 

@@ -32,6 +32,14 @@ pub enum MapError {
         /// File offset.
         offset: u64,
     },
+    /// The guest's memory would be in more pieces than one guest may have.
+    #[error("the guest's memory would be in {need} pieces, and one guest may have {limit}")]
+    TooManyPieces {
+        /// Pieces it would be in.
+        need: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// Regions overlap.
     #[error(transparent)]
     Overlap(#[from] OverlapError),

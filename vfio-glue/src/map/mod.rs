@@ -156,8 +156,14 @@ impl MemoryMap {
             gained,
             dropped,
         } = changed.map_err(|error| error.of(&regions, &pages))?;
-        let next = Arc::new(Table::new(regions, extents));
-        Ok(Change::new(self, owner, next, gained, dropped))
+        let Some(next) = Table::new(regions, extents) else {
+            books.undo(&self.bus, &gained, owner);
+            return Err(MapError::TooManyPieces {
+                need: Table::MOST_PIECES + 1,
+                limit: Table::MOST_PIECES,
+            });
+        };
+        Ok(Change::new(self, owner, Arc::new(next), gained, dropped))
     }
 
     /// Takes all of a guest's memory out of the map: as a [`change`](Self::change) to nothing. No device reaches what

@@ -12,9 +12,11 @@
 //! How regions divide a file plays no part in what stays: a region that is split, joined or sent with other bounds is
 //! the same bytes (TRAPS 17, 18).
 
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use super::extent::cut;
+use super::extent::{CELL_BYTES, cut};
 use super::files::FileId;
 use crate::address::Iova;
 
@@ -121,6 +123,19 @@ impl WhyDropped {
     }
 }
 
+/// How many extents a square of the grid may be in beyond those that regions divide it into, before it is put together
+/// anew. A file that grows page by page would else be in as many extents as it has pages.
+pub(super) const MOST_SPLINTERS: usize = 8;
+
+/// What becomes of a square of the grid that is in many extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Splinters {
+    /// It is mapped anew, in as few as regions allow: its bytes move.
+    Join,
+    /// It stays as it is.
+    Stay,
+}
+
 /// How the kernel goes about bytes that are mapped twice for a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pins {
@@ -133,29 +148,44 @@ pub(super) enum Pins {
 /// Says how a guest gets from what it has (`mapped`, the owned ones) to what it wants.
 ///
 /// `mapped` names every extent of the files in `wanted`, and all that the guest has.
-pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins) -> Plan {
+pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins, splinters: Splinters) -> Plan {
     let mut by_place: Vec<&Mapped> = mapped.iter().collect();
     by_place.sort_by_key(|extent| (extent.file, extent.range.start));
-    let mut plan = Plan::default();
     let mut borders: Vec<(FileId, u64)> = wanted
         .iter()
         .flat_map(|piece| [piece.range.start, piece.range.end].map(|at| (piece.file, at)))
         .collect();
     borders.sort_unstable();
-    for Wanted { file, range } in union(wanted) {
-        let of_file = |extent: &&&Mapped| extent.file == file;
-        let there: Vec<&Mapped> = by_place.iter().filter(of_file).copied().collect();
-        for cell in cut(range) {
-            cover(&mut plan, file, &cell, &there, &borders, pins);
+    let wanted = union(wanted);
+    let mut plan = Plan::default();
+    for Wanted { file, range } in &wanted {
+        for cell in cut(range.clone()) {
+            // No extent crosses the grid, so those that touch the cell start in its square.
+            let square = cell.start - cell.start % CELL_BYTES;
+            let first =
+                by_place.partition_point(|extent| (extent.file, extent.range.start) < (*file, square));
+            let last =
+                by_place.partition_point(|extent| (extent.file, extent.range.start) < (*file, cell.end));
+            let ground = Ground {
+                file: *file,
+                there: by_place.get(first..last).unwrap_or_default(),
+                borders: &borders,
+                pins,
+                splinters,
+            };
+            ground.cover(&mut plan, &cell);
         }
     }
-    for extent in mapped.iter().filter(|extent| extent.owned) {
-        if plan.keep.iter().any(|kept| kept.iova == extent.iova) {
-            continue;
-        }
-        let touched = wanted
-            .iter()
-            .any(|piece| piece.file == extent.file && overlap(&piece.range, &extent.range));
+    let kept: HashSet<Iova> = plan.keep.iter().map(|kept| kept.iova).collect();
+    for extent in mapped
+        .iter()
+        .filter(|extent| extent.owned && !kept.contains(&extent.iova))
+    {
+        let after =
+            wanted.partition_point(|piece| (piece.file, piece.range.start) < (extent.file, extent.range.end));
+        let before = after.checked_sub(1).and_then(|index| wanted.get(index));
+        let touched =
+            before.is_some_and(|piece| piece.file == extent.file && overlap(&piece.range, &extent.range));
         let why = match (touched, extent.fit) {
             (false, _) => WhyDropped::Gone,
             (true, true) => WhyDropped::Cut,
@@ -167,95 +197,110 @@ pub(super) fn plan(mapped: &[Mapped], wanted: &[Wanted], pins: Pins) -> Plan {
     plan
 }
 
-/// Covers one cell's part of what is wanted.
-fn cover(
-    plan: &mut Plan,
+/// What there is where a cell's part of what is wanted has to be covered.
+struct Ground<'a> {
     file: FileId,
-    cell: &Range<u64>,
-    there: &[&Mapped],
-    borders: &[(FileId, u64)],
+    /// Extents of the file in this square of the grid, by where they start.
+    there: &'a [&'a Mapped],
+    /// Where regions start and end.
+    borders: &'a [(FileId, u64)],
     pins: Pins,
-) {
-    let touching = |extent: &&&Mapped| overlap(&extent.range, cell);
-    let there: Vec<&Mapped> = there.iter().filter(touching).copied().collect();
-    let is_inside =
-        |extent: &&&Mapped| extent.fit && cell.start <= extent.range.start && extent.range.end <= cell.end;
-    let mut candidates: Vec<&Mapped> = there.iter().filter(is_inside).copied().collect();
-    // What the guest has stays where it is; of others' the longest serves best.
-    candidates.sort_by_key(|extent| {
-        (
-            !extent.owned,
-            std::cmp::Reverse(extent.range.end - extent.range.start),
-        )
-    });
-    let mut chosen: Vec<&Mapped> = Vec::new();
-    for candidate in candidates {
-        if !chosen.iter().any(|other| overlap(&other.range, &candidate.range)) {
-            chosen.push(candidate);
-        }
-    }
-    chosen.sort_by_key(|extent| extent.range.start);
-
-    let mut at = cell.start;
-    for extent in &chosen {
-        fill(plan, file, at..extent.range.start, &there, borders, pins);
-        let (iova, why) = match extent.owned {
-            true => (extent.iova, WhyKept::Stays),
-            false => (extent.iova, WhyKept::Shared),
-        };
-        plan.keep.push(Keep { iova, why });
-        at = extent.range.end;
-    }
-    fill(plan, file, at..cell.end, &there, borders, pins);
+    splinters: Splinters,
 }
 
-/// Makes extents for a gap that no extent covers as a whole.
-fn fill(
-    plan: &mut Plan,
-    file: FileId,
-    gap: Range<u64>,
-    there: &[&Mapped],
-    borders: &[(FileId, u64)],
-    pins: Pins,
-) {
-    let mut at = gap.start;
-    while at < gap.end {
-        let border = borders.partition_point(|border| *border <= (file, at));
-        let mut end = match borders.get(border) {
-            Some((of, next)) if *of == file => gap.end.min(*next),
-            _ => gap.end,
+impl Ground<'_> {
+    /// Covers all of `cell`: with extents that lie in it as a whole, then with new ones.
+    fn cover(&self, plan: &mut Plan, cell: &Range<u64>) {
+        let is_inside = |extent: &&&Mapped| {
+            extent.fit && cell.start <= extent.range.start && extent.range.end <= cell.end
         };
-        let mut same_as = None;
-        if pins == Pins::Shared {
-            let fit = || there.iter().filter(|extent| extent.fit);
-            let around = fit().filter(|extent| extent.range.contains(&at));
-            if let Some(extent) = around.max_by_key(|extent| extent.range.end) {
-                same_as = Some(extent.iova.offset(at - extent.range.start));
-                end = end.min(extent.range.end);
-            } else if let Some(next) = fit()
-                .map(|extent| extent.range.start)
-                .filter(|start| *start > at)
-                .min()
-            {
-                end = end.min(next);
+        let mut candidates: Vec<&Mapped> = self.there.iter().filter(is_inside).copied().collect();
+        // What the guest has stays where it is; of others' the longest serves best.
+        let len = |extent: &Mapped| extent.range.end - extent.range.start;
+        candidates.sort_by_key(|extent| (!extent.owned, Reverse(len(extent))));
+        let mut chosen: BTreeMap<u64, &Mapped> = BTreeMap::new();
+        for candidate in candidates {
+            // Apart from each other, so the one that starts last before its end is the only one that could overlap it.
+            let before = chosen.range(..candidate.range.end).next_back();
+            if before.is_none_or(|(_, other)| other.range.end <= candidate.range.start) {
+                chosen.insert(candidate.range.start, candidate);
             }
         }
-        let range = at..end;
-        let was = there
-            .iter()
-            .find(|extent| extent.owned && overlap(&extent.range, &range));
-        let why = match was.map(|extent| extent.fit) {
-            None => WhyAdded::New,
-            Some(true) => WhyAdded::Survives,
-            Some(false) => WhyAdded::Replaces,
-        };
-        plan.add.push(Add {
-            file,
-            range,
-            why,
-            same_as,
-        });
-        at = end;
+        let before = |at: u64| self.borders.partition_point(|border| *border < (self.file, at));
+        let divided = before(cell.end) - before(cell.start);
+        if self.splinters == Splinters::Join && chosen.len() > divided + MOST_SPLINTERS {
+            // A copy could not join them either.
+            let whole = Ground {
+                pins: Pins::Each,
+                ..*self
+            };
+            whole.fill(plan, cell.clone());
+            return;
+        }
+        let mut at = cell.start;
+        for extent in chosen.values() {
+            self.fill(plan, at..extent.range.start);
+            let why = if extent.owned {
+                WhyKept::Stays
+            } else {
+                WhyKept::Shared
+            };
+            let iova = extent.iova;
+            plan.keep.push(Keep { iova, why });
+            at = extent.range.end;
+        }
+        self.fill(plan, at..cell.end);
+    }
+
+    /// Makes extents for a gap that no extent covers as a whole.
+    fn fill(&self, plan: &mut Plan, gap: Range<u64>) {
+        let mut at = gap.start;
+        while at < gap.end {
+            let (same_as, end) = self.reach(at, self.border_after(at).min(gap.end));
+            let range = at..end;
+            let was = self
+                .there
+                .iter()
+                .find(|extent| extent.owned && overlap(&extent.range, &range));
+            let why = match was.map(|extent| extent.fit) {
+                None => WhyAdded::New,
+                Some(true) => WhyAdded::Survives,
+                Some(false) => WhyAdded::Replaces,
+            };
+            plan.add.push(Add {
+                file: self.file,
+                range,
+                why,
+                same_as,
+            });
+            at = end;
+        }
+    }
+
+    /// Where the next region starts or ends.
+    fn border_after(&self, at: u64) -> u64 {
+        let next = self.borders.partition_point(|border| *border <= (self.file, at));
+        match self.borders.get(next) {
+            Some((file, border)) if *file == self.file => *border,
+            _ => u64::MAX,
+        }
+    }
+
+    /// How far, and at most to `end`, the bytes from `at` on are either all in one extent already, and where, or in none.
+    /// Where copies are pinned like any others it makes no difference, and they are taken as they are.
+    fn reach(&self, at: u64, end: u64) -> (Option<Iova>, u64) {
+        if self.pins == Pins::Each {
+            return (None, end);
+        }
+        let fit = || self.there.iter().filter(|extent| extent.fit);
+        let around = fit().filter(|extent| extent.range.contains(&at));
+        if let Some(extent) = around.max_by_key(|extent| extent.range.end) {
+            let same_as = extent.iova.offset(at - extent.range.start);
+            return (Some(same_as), end.min(extent.range.end));
+        }
+        let starts = fit().map(|extent| extent.range.start);
+        let next = starts.filter(|start| *start > at).min();
+        (None, next.map_or(end, |next| next.min(end)))
     }
 }
 
@@ -283,7 +328,6 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 #[expect(clippy::single_range_in_vec_init, reason = "a guest that wants one range")]
 mod tests {
     use super::*;
-    use crate::map::CELL_BYTES;
 
     const MIB: u64 = 1 << 20;
 
@@ -316,7 +360,7 @@ mod tests {
 
     /// The plan in short: MiB ranges and words.
     fn planned(mapped: &[Mapped], wanted: &[Range<u64>], pins: Pins) -> [Vec<String>; 3] {
-        let plan = plan(mapped, &want(wanted), pins);
+        let plan = plan(mapped, &want(wanted), pins, Splinters::Join);
         let name = |iova: Iova| {
             let extent = mapped.iter().find(|extent| extent.iova == iova).unwrap();
             format!("{}..{}", extent.range.start / MIB, extent.range.end / MIB)
@@ -378,7 +422,9 @@ mod tests {
         assert_eq!(drop, ["0..4 Cut"]);
         let [_, add, _] = planned(&[own(0..4)], &[0..1], Pins::Each);
         assert_eq!(add, ["0..1 Survives"]);
-        let copy = plan(&[own(0..4)], &want(&[2..3]), Pins::Shared).add.remove(0);
+        let copy = plan(&[own(0..4)], &want(&[2..3]), Pins::Shared, Splinters::Join)
+            .add
+            .remove(0);
         assert_eq!(copy.same_as, Some(Iova::new((1 << 30) + 2 * MIB)));
     }
 
@@ -425,6 +471,22 @@ mod tests {
         let [keep, add, drop] = planned(&[stale, others(0..4)], &[0..4], Pins::Shared);
         assert_eq!(keep, ["0..4 Shared"]);
         assert_eq!((add, drop), (vec![], vec!["0..4 Unfit".to_owned()]));
+    }
+
+    #[test]
+    fn what_grew_in_many_steps_is_put_together_when_it_is_in_too_many_extents() {
+        let steps: Vec<Mapped> = (0..20).map(|n| own(n..n + 1)).collect();
+        let few = &steps[..MOST_SPLINTERS];
+        let grown = MOST_SPLINTERS as u64 + 1;
+        let [keep, add, drop] = planned(few, &[0..grown], Pins::Shared);
+        assert_eq!((keep.len(), add.len(), drop.len()), (MOST_SPLINTERS, 1, 0));
+        let [keep, add, drop] = planned(&steps, &[0..21], Pins::Shared);
+        assert_eq!((keep.len(), drop.len()), (0, 20));
+        assert_eq!(add, ["0..21 Survives"]);
+        // Twenty regions want twenty.
+        let regions: Vec<Range<u64>> = (0..20).map(|n| n..n + 1).collect();
+        let [keep, add, drop] = planned(&steps, &regions, Pins::Shared);
+        assert_eq!((keep.len(), add.len(), drop.len()), (20, 0, 0));
     }
 
     #[test]

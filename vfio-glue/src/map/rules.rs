@@ -282,9 +282,70 @@ fn r7_three_lines_open_a_device_or_say_what_is_missing() {
     assert!(text.contains("no PCI device 0000:ff:1f.7"), "{text}");
 }
 
+#[test]
+fn a_file_that_grows_page_by_page_does_not_use_up_what_all_guests_share() {
+    let (kernel, map) = map();
+    let file = sparse(MIB);
+    let mut table = Arc::<Table>::default();
+    for pages in 1..=200 {
+        table = changed(&map, "vm0", &table, vec![region(&file, 0, pages * 4096, 0)]);
+        assert!(
+            kernel.mapped().len() <= 16,
+            "{} extents after {pages} pages",
+            kernel.mapped().len()
+        );
+    }
+}
+
+#[test]
+fn memory_in_too_many_pieces_is_refused_with_the_limit() {
+    let (kernel, map) = map();
+    let file = sparse(2000 * 4096);
+    let pages = |from: u64, count: u64| -> Vec<RegionSpec> {
+        (from..from + count)
+            .map(|page| region(&file, page << 20, 4096, page * 4096))
+            .collect()
+    };
+    let refused = map.add("vm0", pages(0, 1026)).map(drop).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the guest's memory would be in 1026 pieces, and one guest may have 1024"
+    );
+    assert_eq!(kernel.mapped(), vec![]);
+    // Views of all of it, again and again, and eight extents in each gigabyte.
+    let large = sparse(4 << 30);
+    let eighth = 1_u64 << 27;
+    let eighths = (0..32)
+        .map(|at| region(&large, at * eighth, eighth, at * eighth))
+        .collect();
+    let table = map.add("vm0", eighths).unwrap();
+    let before = kernel.mapped();
+    let views = (0..257)
+        .map(|view| region(&large, view << 40, 4 << 30, 0))
+        .collect();
+    let refused = map.change("vm0", &table, views).map(drop).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the guest's memory would be in 8193 pieces, and one guest may have 8192"
+    );
+    assert_eq!(kernel.mapped(), before);
+}
+
 fn punch(file: &File, at: u64, len: u64) {
     let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(file.as_fd(), hole, at, len).unwrap();
+}
+
+#[test]
+fn trap_23_memory_the_vmm_only_reserved_is_not_taken_for_discarded() {
+    let (_kernel, map) = map();
+    let _device = map.attach(&card(0)).unwrap();
+    let file = sparse(2 * MIB);
+    fallocate(file.as_fd(), FallocateFlags::empty(), 0, 2 * MIB).unwrap();
+    let table = map.add("vm0", vec![region(&file, 0, 2 * MIB, 0)]).unwrap();
+    assert_eq!(map.find_discarded(&table), 0);
+    punch(&file, MIB, 4096);
+    assert_eq!(map.find_discarded(&table), 4096);
 }
 
 #[test]

@@ -5,8 +5,11 @@
 //!                                                                           the guest is given a new one
 //! ```
 //!
-//! Pinning fills every hole (TRAPS 23), so a hole in what is pinned was made afterwards. It is seen only for as long
-//! as nobody touches those bytes again: a new page there looks like any other. On tmpfs and in a memfd the kernel
+//! Pinning fills every hole (TRAPS 23), so a hole in what is pinned was made afterwards. The one thing that is called a
+//! hole and is filled by no pin is a page that fallocate(2) reserved and nobody wrote: by file it is pinned as it is,
+//! and the kernel clears it at the guest's first touch, with whatever a card has put there. Such pages are
+//! made before they are mapped: [`has_reserved`]. A hole is seen only for as long as nobody touches
+//! those bytes again: a new page there looks like any other. On tmpfs and in a memfd the kernel
 //! tells where holes are; on hugetlbfs it only counts pages, all of the file's. A discard of less than a page, or of
 //! part of a transparent huge page that is pinned, zeroes bytes in place and is none: the card and the guest still
 //! see the same page.
@@ -18,10 +21,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use rustix::fs::{SeekFrom, fstat, seek};
+use rustix::fs::{Mode, OFlags, SeekFrom, fstat, open, seek};
 use rustix::io::Errno;
 
 use super::mapping::{FileError, MemoryFile};
+
+/// How many runs of data one look goes through: whoever punches a hole into every other page does not hold us up for
+/// longer. What was found up to there is enough to act on.
+const MOST_RUNS: usize = 1 << 16;
 
 /// What of some pinned bytes is not in their file any more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,10 +67,33 @@ pub fn discarded(file: &File, pinned: &[Range<u64>]) -> Result<Discarded, FileEr
         return by_count(file, pinned);
     };
     let mut found = Discarded::default();
+    let mut left = MOST_RUNS;
     for range in pinned {
-        find_holes(&seekable, range, &mut found).map_err(|error| failed("lseek", range, error))?;
+        let range = memory.without_tail(range);
+        find_holes(&seekable, &range, &mut found, &mut left)
+            .map_err(|error| failed("lseek", &range, error))?;
     }
     Ok(found)
+}
+
+/// Whether pages of `file` may be reserved without ever having been written, as fallocate(2) leaves them on tmpfs: it
+/// has more pages than data. False where the kernel does not tell.
+///
+/// # Errors
+///
+/// As [`discarded`].
+pub(crate) fn has_reserved(file: &File) -> Result<bool, FileError> {
+    let memory = MemoryFile::of(file)?;
+    let Some(seekable) = memory.tells_holes().then(|| open_again(file).ok()).flatten() else {
+        return Ok(false);
+    };
+    let mut holes = Discarded::default();
+    let stat = fstat(file).map_err(|error| failed("fstat", &(0..0), error))?;
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    find_holes(&seekable, &(0..size), &mut holes, &mut { MOST_RUNS })
+        .map_err(|error| failed("lseek", &(0..size), error))?;
+    let data = size.next_multiple_of(4096) - holes.bytes;
+    Ok(bytes_there(stat.st_blocks) > data)
 }
 
 /// A descriptor with a position of its own.
@@ -71,13 +101,18 @@ pub fn discarded(file: &File, pinned: &[Range<u64>]) -> Result<Discarded, FileEr
 /// That of the descriptor we were sent is the front-end's too: moving it here would move it there, under a front-end
 /// that reads or writes its memory as a file. Not every file can be opened again: its mode may forbid it, or `/proc`
 /// be missing.
+///
+/// Without waiting: whoever sent it may have taken a lease on it, which holds up an open for 45 seconds.
 fn open_again(file: &File) -> io::Result<File> {
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?.into())
 }
 
-fn find_holes(file: &File, range: &Range<u64>, found: &mut Discarded) -> Result<(), Errno> {
+fn find_holes(file: &File, range: &Range<u64>, found: &mut Discarded, left: &mut usize) -> Result<(), Errno> {
     let mut at = range.start;
-    while at < range.end {
+    while at < range.end && *left > 0 {
+        *left -= 1;
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(range.end),
             // No data up to the end of the file, or past that already.
@@ -102,18 +137,19 @@ fn find_holes(file: &File, range: &Range<u64>, found: &mut Discarded) -> Result<
 ///
 /// Pages of it that are not pinned hide as many that were discarded, hence "at least".
 fn by_count(file: &File, pinned: &[Range<u64>]) -> Result<Discarded, FileError> {
-    /// What st_blocks counts in, on every file system (stat(2)).
-    const BLOCK_BYTES: u64 = 512;
     let whole = pinned.first().map_or(0, |range| range.start)..pinned.last().map_or(0, |range| range.end);
     let stat = fstat(file).map_err(|error| failed("fstat", &whole, error))?;
-    let there = u64::try_from(stat.st_blocks)
-        .unwrap_or(0)
-        .saturating_mul(BLOCK_BYTES);
+    let there = bytes_there(stat.st_blocks);
     let expected: u64 = pinned.iter().map(|range| range.end - range.start).sum();
     Ok(Discarded {
         bytes: expected.saturating_sub(there),
         first: None,
     })
+}
+
+/// What `st_blocks` counts in is the same on every file system (stat(2)).
+fn bytes_there(st_blocks: i64) -> u64 {
+    u64::try_from(st_blocks).unwrap_or(0).saturating_mul(512)
 }
 
 fn failed(call: &'static str, range: &Range<u64>, error: Errno) -> FileError {
@@ -133,6 +169,7 @@ mod tests {
     use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
     use super::*;
+    use crate::memory::HostRange;
 
     const PAGE: u64 = 4096;
 
@@ -157,6 +194,39 @@ mod tests {
             bytes,
             first: Some(first),
         }
+    }
+
+    #[test]
+    fn a_file_that_ends_inside_a_page_has_lost_nothing() {
+        let file = memfd(MemfdFlags::empty());
+        file.set_len(6000).unwrap();
+        file.write_all_at(&[1; 6000], 0).unwrap();
+        let pinned = std::slice::from_ref(&(0..8192));
+        assert_eq!(discarded(&file, pinned).unwrap(), Discarded::default());
+        punch(&file, 0..1);
+        assert_eq!(discarded(&file, pinned).unwrap().bytes, PAGE);
+    }
+
+    #[test]
+    fn trap_23_pages_reserved_and_never_written_are_known_and_can_be_made() {
+        let file = memfd(MemfdFlags::empty());
+        file.set_len(16 * PAGE).unwrap();
+        file.write_all_at(&[7; 4096], 5 * PAGE).unwrap();
+        assert!(!has_reserved(&file).unwrap(), "sparse is not reserved");
+        fallocate(&file, FallocateFlags::empty(), 2 * PAGE, 4 * PAGE).unwrap();
+        assert!(has_reserved(&file).unwrap());
+        let pinned = std::slice::from_ref(&(2 * PAGE..6 * PAGE));
+        assert_eq!(discarded(&file, pinned).unwrap(), found(3 * PAGE, 2 * PAGE));
+
+        HostRange::of_file(&file, 2 * PAGE, 4 * PAGE)
+            .unwrap()
+            .populate()
+            .unwrap();
+        assert!(!has_reserved(&file).unwrap());
+        assert_eq!(discarded(&file, pinned).unwrap(), Discarded::default());
+        let mut kept = [0; 4096];
+        file.read_exact_at(&mut kept, 5 * PAGE).unwrap();
+        assert_eq!(kept, [7; 4096]);
     }
 
     #[test]

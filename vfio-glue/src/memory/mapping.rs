@@ -144,6 +144,17 @@ impl MemoryFile {
         self.page == SMALL_PAGE
     }
 
+    /// A range without what lies behind the end of the file in its last page: no byte of it is the file's.
+    pub(super) fn without_tail(&self, range: &Range<u64>) -> Range<u64> {
+        let last_page = self.size.next_multiple_of(self.page);
+        let end = if range.end <= last_page {
+            range.end.min(self.size)
+        } else {
+            range.end
+        };
+        range.start..end.max(range.start)
+    }
+
     /// The error for a range that cannot be had of this file.
     pub(crate) fn out_of_bounds(&self, offset: u64, len: u64) -> FileError {
         let page = self.page;
@@ -275,6 +286,29 @@ impl HostRange {
     pub(super) fn and_of_file(&self, file: &File, offset: u64, len: u64) -> Result<Self, FileError> {
         let mark = self.mapping.guarded.as_ref().map(Guarded::mark);
         Self::marking(file, offset, len, mark.unwrap_or(&Arc::default()))
+    }
+
+    /// Has every page of the range made, as a first write to it would, and writes nothing. Blocks while the kernel
+    /// clears them.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::Call`]: there is no memory left, or the file was cut short.
+    pub(crate) fn populate(&self) -> Result<(), FileError> {
+        let HostMapping { base, len, .. } = *self.mapping;
+        // SAFETY: the range is exactly our mapping; no byte changes, and a page that cannot be had is an error here
+        // and no signal.
+        let result = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxPopulateWrite) };
+        match result {
+            // Kernels before 5.14 do not know it. They pin by address, which does the same.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+            Err(error) => Err(FileError::Call {
+                call: "madvise",
+                offset: 0,
+                len: len as u64,
+                source: error.into(),
+            }),
+        }
     }
 
     fn marking(file: &File, offset: u64, len: u64, lost: &Arc<AtomicBool>) -> Result<Self, FileError> {

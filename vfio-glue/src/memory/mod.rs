@@ -17,6 +17,7 @@ mod region;
 mod table;
 mod virtq_memory;
 
+pub(crate) use discard::has_reserved;
 pub use discard::{Discarded, discarded};
 pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
 pub(crate) use mapping::MemoryFile;

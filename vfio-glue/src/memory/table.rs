@@ -97,19 +97,28 @@ pub struct Footprint {
 }
 
 impl Table {
-    /// The view of `regions`, in any order, all bytes of which are in `extents`.
-    pub(crate) fn new(regions: Vec<RegionSpec>, mut extents: Vec<Arc<Extent>>) -> Self {
+    /// How many pieces a view may have. Regions that show the same bytes again and again make as many as there are regions
+    /// times extents, and workers look through them.
+    pub(crate) const MOST_PIECES: usize = 8192;
+
+    /// The view of `regions`, in any order, all bytes of which are in `extents`. `None` if it has more pieces than a view
+    /// may have.
+    pub(crate) fn new(regions: Vec<RegionSpec>, mut extents: Vec<Arc<Extent>>) -> Option<Self> {
         extents.sort_by_key(|extent| extent.file_range().start);
         let mut segments: Vec<Segment> = regions
             .iter()
             .flat_map(|region| segments_of(region, &extents))
+            .take(Self::MOST_PIECES + 1)
             .collect();
+        if segments.len() > Self::MOST_PIECES {
+            return None;
+        }
         segments.sort_by_key(|segment| segment.first);
-        Self {
+        Some(Self {
             segments,
             regions,
             extents,
-        }
+        })
     }
 
     /// The regions this view shows, as announced.
@@ -146,19 +155,14 @@ impl Table {
         if segment.is_none() {
             segment = self.find(hint, start);
         }
-        let segment = segment?;
-        let skip = start.0 - segment.first;
-        let len = u64::from(len).min(segment.len - skip);
-        if len == 0 {
-            return None;
-        }
-        let host = segment
-            .host
-            .slice(usize::try_from(skip).ok()?, usize::try_from(len).ok()?)?;
-        Some(Piece {
-            iova: segment.iova.offset(skip),
-            host,
-        })
+        segment?.piece(start, len)
+    }
+
+    /// As [`lookup`](Self::lookup), for one who does not come again soon: nothing is remembered, and nothing counted.
+    pub fn lookup_once(&self, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
+        let after = self.segments.partition_point(|segment| segment.first <= start.0);
+        let segment = self.segments.get(after.checked_sub(1)?)?;
+        segment.piece(start, len)
     }
 
     #[cold]
@@ -177,13 +181,9 @@ impl Table {
     /// Whether `len` bytes at `start` will be where they are, for the card too, once `next` is the table and what
     /// leaves has left.
     pub fn keeps(&self, next: &Self, leaving: &Leaving, start: GuestAddress, len: u32) -> bool {
-        let (mut here, mut there) = (TableHint::default(), TableHint::default());
         let (mut at, mut rest) = (start, len);
         while rest > 0 {
-            let Some(now) = self.lookup(&mut here, at, rest) else {
-                return false;
-            };
-            let Some(then) = next.lookup(&mut there, at, rest) else {
+            let (Some(now), Some(then)) = (self.lookup_once(at, rest), next.lookup_once(at, rest)) else {
                 return false;
             };
             if now.iova != then.iova || leaving.has(now.iova) {
@@ -266,6 +266,23 @@ impl Table {
 }
 
 impl Segment {
+    /// As many of `len` bytes from `start` on as it has, if it has any.
+    #[inline]
+    fn piece(&self, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
+        let skip = start.0.checked_sub(self.first).filter(|skip| *skip < self.len)?;
+        let len = u64::from(len).min(self.len - skip);
+        if len == 0 {
+            return None;
+        }
+        let host = self
+            .host
+            .slice(usize::try_from(skip).ok()?, usize::try_from(len).ok()?)?;
+        Some(Piece {
+            iova: self.iova.offset(skip),
+            host,
+        })
+    }
+
     #[inline]
     fn holds(&self, address: GuestAddress) -> bool {
         address.0.wrapping_sub(self.first) < self.len
@@ -276,20 +293,16 @@ impl Segment {
 fn segments_of<'a>(region: &'a RegionSpec, extents: &'a [Arc<Extent>]) -> impl Iterator<Item = Segment> + 'a {
     let range = region.file_offset..region.file_offset + region.len;
     let of_file = move |extent: &&'a Arc<Extent>| Arc::ptr_eq(extent.file(), &region.file);
-    let parts = extents
-        .iter()
-        .filter(of_file)
-        .filter_map(move |extent| extent.part(&range));
-    let mut next = region.guest.0;
-    parts.map(move |ExtentPart { iova, host }| {
-        let (first, len) = (next, host.len() as u64);
-        next = next.wrapping_add(len);
-        Segment {
-            first,
-            len,
+    extents.iter().filter(of_file).filter_map(move |extent| {
+        let ExtentPart { iova, host } = extent.part(&range)?;
+        // By its own place in the file, so that no byte is ever shown where another should be.
+        let skip = extent.file_range().start.max(range.start) - range.start;
+        Some(Segment {
+            first: region.guest.0.wrapping_add(skip),
+            len: host.len() as u64,
             iova,
             host,
-        }
+        })
     })
 }
 

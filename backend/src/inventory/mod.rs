@@ -8,176 +8,37 @@
 //! Operations come one after the other, under a lock that one keeps for as long as it takes, devices included. What is
 //! there is listed under another, held for a moment: who only looks never waits for a device. An operation that fails
 //! leaves everything as it was. One whose result is there already changes nothing and says so.
+//!
+//! ```text
+//! entry.rs  a map and a port as they are listed       open.rs  an IOMMU for a map, a device for a port
+//! error.rs  why something was refused
+//! ```
+
+mod entry;
+mod error;
+mod open;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use config::{
-    Config, DeviceSpec, IommuChoice, MapBy, MapConfig, Order, Poll, PortConfig, SocketSpec, defaults,
-    nearest, same_path,
-};
-use queues::clock::SystemClock;
+use config::{Config, DeviceSpec, MapConfig, Poll, PortConfig, defaults, nearest, same_path};
+use queues::nic::Nic;
 use queues::nic::absent::Absent;
-use queues::nic::igb::Igb;
-use queues::nic::tap::Tap;
-use queues::nic::{Nic, NicError};
 use rustix::event::{EventfdFlags, eventfd};
-use vfio_glue::iommu::software::SoftwareIommu;
-use vfio_glue::iommu::{self, DeviceAddress, Iommu, IommuError, IommuKind, VfioUserIommu, choose};
-use vfio_glue::map::{MapError, MemoryMap};
+use vfio_glue::map::MemoryMap;
 use vfio_glue::pci::{HostEvent, PciAddress};
 
+use self::entry::{Attached, MapEntry, PortEntry};
+pub use self::error::{InventoryError, OpenError};
+pub use self::open::pci_address;
+use self::open::{open_device, open_iommu};
 use crate::devices::DeviceEvents;
-use crate::endpoint::{Endpoint, EndpointError};
+use crate::endpoint::Endpoint;
 use crate::port::{Port, PortError};
 use crate::signals::Stop;
 use crate::worker::{Patience, Worker};
-
-/// Why the inventory could not be changed as asked. It is as before.
-#[derive(Debug, thiserror::Error)]
-pub enum InventoryError {
-    /// No such port.
-    #[error("there is no port `{name}`{}", hint(name, known))]
-    NoPort {
-        /// What was asked for.
-        name: String,
-        /// The ports there are.
-        known: Vec<String>,
-    },
-    /// No such map.
-    #[error("there is no map `{name}`{}", hint(name, known))]
-    NoMap {
-        /// What was asked for.
-        name: String,
-        /// The maps there are.
-        known: Vec<String>,
-    },
-    /// A map of that name is not like the one asked for.
-    #[error("map {map} exists with {key} {is}, not {wanted}")]
-    MapIs {
-        /// The map.
-        map: String,
-        /// What differs.
-        key: &'static str,
-        /// As it is.
-        is: String,
-        /// As it was asked for.
-        wanted: String,
-    },
-    /// Ports have their guests' memory on the map.
-    #[error("map {map} is used by {}", listed("port", ports))]
-    MapInUse {
-        /// The map.
-        map: String,
-        /// Its ports.
-        ports: Vec<String>,
-    },
-    /// A port of that name is not like the one asked for.
-    #[error("port {port} exists with {key} {is}, not {wanted}")]
-    PortIs {
-        /// The port.
-        port: String,
-        /// What differs.
-        key: &'static str,
-        /// As it is.
-        is: String,
-        /// As it was asked for.
-        wanted: String,
-    },
-    /// The port has another device.
-    #[error("port {port} has {device}; detach it first")]
-    PortHasDevice {
-        /// The port.
-        port: String,
-        /// Its device.
-        device: DeviceSpec,
-    },
-    /// Another port has the device.
-    #[error("{device} is at port {port} on map {map}; detach it first")]
-    DeviceInUse {
-        /// The device.
-        device: DeviceSpec,
-        /// The port that has it.
-        port: String,
-        /// That port's map.
-        map: String,
-    },
-    /// The map cannot confine the device's DMA, or cannot tell it of memory.
-    #[error("map {map} has iommu {}, and {device} needs one with {wanted}", iommu.as_str())]
-    WrongMap {
-        /// The map.
-        map: String,
-        /// What it has.
-        iommu: IommuKind,
-        /// The device.
-        device: DeviceSpec,
-        /// What would do.
-        wanted: &'static str,
-    },
-    /// Another port has the socket.
-    #[error("socket path {} is port {port}'s", path.display())]
-    SocketInUse {
-        /// The path.
-        path: PathBuf,
-        /// The port that has it.
-        port: String,
-    },
-    /// The control socket is there.
-    #[error("socket path {} is the control socket's", path.display())]
-    ControlSocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The socket cannot be had.
-    #[error(transparent)]
-    Endpoint(#[from] EndpointError),
-    /// No IOMMU for the map.
-    #[error("cannot make map {map}")]
-    MakeMap {
-        /// The map.
-        map: String,
-        /// Why not.
-        source: Box<IommuError>,
-    },
-    /// The device cannot be had.
-    #[error("cannot open {device} for port {port}")]
-    Open {
-        /// The port.
-        port: String,
-        /// The device.
-        device: DeviceSpec,
-        /// Why not.
-        source: Box<OpenError>,
-    },
-    /// The port's device cannot be changed.
-    #[error(transparent)]
-    Port(#[from] PortError),
-    /// The system gives no more threads or descriptors.
-    #[error("port {port} cannot be served")]
-    Serve {
-        /// The port.
-        port: String,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// It is too late for changes.
-    #[error("the process is stopping")]
-    Stopping,
-}
-
-/// Why a device could not be had.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The map does not let it in.
-    #[error(transparent)]
-    Map(#[from] MapError),
-    /// It does not work.
-    #[error(transparent)]
-    Nic(#[from] NicError),
-}
 
 /// What came of an operation, in a line for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -218,32 +79,6 @@ enum Phase {
 struct Lists {
     maps: Vec<MapEntry>,
     ports: Vec<PortEntry>,
-}
-
-#[derive(Clone, Debug)]
-struct MapEntry {
-    config: MapConfig,
-    map: Arc<MemoryMap>,
-}
-
-#[derive(Debug)]
-struct PortEntry {
-    /// As it was asked for; which device it has now stands in `device`.
-    config: PortConfig,
-    port: Arc<Port>,
-    /// Its worker's place in the list.
-    worker: usize,
-    device: Option<Attached>,
-    stop: Stop,
-    thread: Option<JoinHandle<()>>,
-    /// No front-end can come any more, and nobody asked for that.
-    ended: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Attached {
-    spec: DeviceSpec,
-    events: Arc<DeviceEvents>,
 }
 
 impl Inventory {
@@ -305,6 +140,44 @@ impl Inventory {
         drop(entry);
         tracing::info!(map = name, "map destroyed");
         Ok(Outcome::Changed(format!("map {name} is destroyed")))
+    }
+
+    /// Looks for guest memory that was discarded behind the pins of a map, or of all, and has it mapped anew.
+    ///
+    /// Blocks while the kernel looks, and while lanes that use such memory are drained.
+    ///
+    /// # Errors
+    ///
+    /// [`InventoryError::NoMap`], or [`InventoryError::Discarded`] if what was found could not be mapped anew.
+    pub fn check_maps(&self, name: Option<&str>) -> Result<Outcome, InventoryError> {
+        let _operation = self.operation()?;
+        let maps = match name {
+            Some(name) => vec![self.map(name)?],
+            None => self.maps(),
+        };
+        let ports = self.ports();
+        let ports = ports
+            .iter()
+            .filter(|port| maps.iter().any(|map| Arc::ptr_eq(map, port.map())));
+        let mut found = Vec::new();
+        for port in ports {
+            let missing = port
+                .renew_discarded()
+                .map_err(|source| InventoryError::Discarded {
+                    port: port.name().to_owned(),
+                    source,
+                })?;
+            if missing > 0 {
+                found.push(format!("{missing} bytes of port {}", port.name()));
+            }
+        }
+        if found.is_empty() {
+            return Ok(Outcome::AlreadySo("no discarded memory was found".to_owned()));
+        }
+        Ok(Outcome::Changed(format!(
+            "{} had been discarded and are mapped anew",
+            found.join(", ")
+        )))
     }
 
     /// Adds ports, all or none: sockets are bound before a device is touched, so that the cheap mistakes come first, and
@@ -515,21 +388,7 @@ impl Inventory {
     }
 
     fn make_map(&self, config: &MapConfig, cards: &[PciAddress]) -> Result<(), InventoryError> {
-        let (iommu, reason): (Box<dyn Iommu>, String) = match iommu_choice(config.iommu) {
-            Interface::Software => (Box::new(SoftwareIommu), "its devices are software".to_owned()),
-            Interface::Messages => (
-                Box::new(VfioUserIommu::new()),
-                "its devices are served by other processes".to_owned(),
-            ),
-            Interface::Kernel(choice) => {
-                let chosen = choose(choice, map_by(config.map_by), cards);
-                let chosen = chosen.map_err(|source| InventoryError::MakeMap {
-                    map: config.name.clone(),
-                    source: Box::new(source),
-                })?;
-                (chosen.iommu, chosen.reason)
-            }
-        };
+        let (iommu, reason) = open_iommu(config, cards)?;
         let kind = iommu.kind().as_str();
         tracing::info!(map = config.name, iommu = kind, "map made: {reason}");
         self.lists().maps.push(MapEntry {
@@ -777,90 +636,6 @@ impl Drop for Presence {
     }
 }
 
-impl Attached {
-    fn of(device: &DeviceSpec, port: &Arc<Port>) -> Self {
-        Self {
-            spec: device.clone(),
-            events: Arc::new(DeviceEvents::of(port)),
-        }
-    }
-}
-
-impl MapEntry {
-    /// Whether this is what is wanted, where nothing is wanted by `auto`.
-    fn compare(&self, wanted: &MapConfig) -> Result<Outcome, InventoryError> {
-        let name = &self.config.name;
-        let differs = |key, is: &str, wanted: &str| {
-            Err(InventoryError::MapIs {
-                map: name.clone(),
-                key,
-                is: is.to_owned(),
-                wanted: wanted.to_owned(),
-            })
-        };
-        let (is, iommu) = (self.map.kind().as_str(), wanted.iommu);
-        if iommu != IommuChoice::Auto && iommu.as_str() != is {
-            return differs("iommu", is, iommu.as_str());
-        }
-        let (is, map_by) = (self.config.map_by, wanted.map_by);
-        if map_by != MapBy::Auto && map_by != is {
-            return differs("map-by", is.as_str(), map_by.as_str());
-        }
-        Ok(Outcome::AlreadySo(format!("map {name} exists")))
-    }
-}
-
-impl PortEntry {
-    /// Whether this is what is wanted, where no device is wanted by not naming one.
-    fn compare(&self, wanted: &PortConfig) -> Result<Outcome, InventoryError> {
-        let name = &self.config.name;
-        let differs = |key, is: String, wanted: String| {
-            Err(InventoryError::PortIs {
-                port: name.clone(),
-                key,
-                is,
-                wanted,
-            })
-        };
-        let socket = |socket: &SocketSpec| match socket {
-            SocketSpec::Inherited { fd } => format!("of descriptor {fd}"),
-            other => other
-                .path()
-                .map_or_else(String::new, |path| path.display().to_string()),
-        };
-        let same = match (self.config.socket.path(), wanted.socket.path()) {
-            (Some(is), Some(wanted)) => same_path(is, wanted),
-            (is, wanted) => is == wanted,
-        };
-        if !same {
-            return differs("socket-path", socket(&self.config.socket), socket(&wanted.socket));
-        }
-        let (is, asked) = (text_of(&self.config), text_of(wanted));
-        for key in ["client", "socket-mode", "map", "mtu", "poll-us"] {
-            let value = |fields: &[(&'static str, String)]| {
-                let found = fields.iter().find(|(name, _)| *name == key);
-                found.map_or_else(|| "false".to_owned(), |(_, text)| text.clone())
-            };
-            if value(&is) != value(&asked) {
-                return differs(key, value(&is), value(&asked));
-            }
-        }
-        if let Some(device) = &wanted.device {
-            match &self.device {
-                Some(present) if present.spec.is_same_as(device) => {}
-                Some(present) => return differs("device", present.spec.to_string(), device.to_string()),
-                None => return differs("device", "none".to_owned(), device.to_string()),
-            }
-        }
-        Ok(Outcome::AlreadySo(format!("port {name} exists")))
-    }
-}
-
-/// A port's settings in text form.
-fn text_of(port: &PortConfig) -> Vec<(&'static str, String)> {
-    Order::PortAdd(port.clone()).fields()
-}
-
 fn check_free(device: &DeviceSpec, holder: Option<&Port>) -> Result<(), InventoryError> {
     holder.map_or(Ok(()), |holder| {
         Err(InventoryError::DeviceInUse {
@@ -869,100 +644,4 @@ fn check_free(device: &DeviceSpec, holder: Option<&Port>) -> Result<(), Inventor
             map: holder.map().name().to_owned(),
         })
     })
-}
-
-fn open_device(
-    port: &str,
-    device: &DeviceSpec,
-    mtu: u16,
-    map: &Arc<MemoryMap>,
-) -> Result<Box<dyn Nic>, InventoryError> {
-    let wanted = match (device, map.kind()) {
-        (DeviceSpec::Pci(_), IommuKind::None | IommuKind::VfioUser) => Some("iommufd or type1"),
-        (DeviceSpec::VfioUser(_), IommuKind::None | IommuKind::Iommufd | IommuKind::Type1) => {
-            Some("vfio-user")
-        }
-        _ => None,
-    };
-    if let Some(wanted) = wanted {
-        return Err(InventoryError::WrongMap {
-            map: map.name().to_owned(),
-            iommu: map.kind(),
-            device: device.clone(),
-            wanted,
-        });
-    }
-    let opened: Result<Box<dyn Nic>, OpenError> = match device {
-        DeviceSpec::Tap(name) => Tap::open(name, mtu, map)
-            .map(|tap| Box::new(tap) as Box<dyn Nic>)
-            .map_err(OpenError::from),
-        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), mtu),
-        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), mtu),
-    };
-    opened.map_err(|source| InventoryError::Open {
-        port: port.to_owned(),
-        device: device.clone(),
-        source: Box::new(source),
-    })
-}
-
-fn open_card(map: &Arc<MemoryMap>, address: &DeviceAddress, mtu: u16) -> Result<Box<dyn Nic>, OpenError> {
-    let device = map.attach(address)?;
-    let clock = Arc::new(SystemClock::default());
-    Ok(Box::new(Igb::open(device, mtu, clock)?))
-}
-
-/// The address as the crate that opens it has it.
-pub fn pci_address(address: config::PciAddress) -> PciAddress {
-    let config::PciAddress {
-        domain,
-        bus,
-        device,
-        function,
-    } = address;
-    PciAddress {
-        domain,
-        bus,
-        device,
-        function,
-    }
-}
-
-/// What a map's devices learn of memory by.
-enum Interface {
-    Kernel(iommu::IommuChoice),
-    Software,
-    Messages,
-}
-
-fn iommu_choice(choice: IommuChoice) -> Interface {
-    match choice {
-        IommuChoice::Auto => Interface::Kernel(iommu::IommuChoice::Auto),
-        IommuChoice::Iommufd => Interface::Kernel(iommu::IommuChoice::Iommufd),
-        IommuChoice::Type1 => Interface::Kernel(iommu::IommuChoice::Type1),
-        IommuChoice::None => Interface::Software,
-        IommuChoice::VfioUser => Interface::Messages,
-    }
-}
-
-fn map_by(map_by: MapBy) -> iommu::MapBy {
-    match map_by {
-        MapBy::Auto => iommu::MapBy::Auto,
-        MapBy::File => iommu::MapBy::File,
-        MapBy::Address => iommu::MapBy::Address,
-    }
-}
-
-/// The name that was meant, or all there are.
-fn hint(name: &str, known: &[String]) -> String {
-    match nearest(name, known.iter().map(String::as_str)) {
-        Some(name) => format!("; did you mean `{name}`?"),
-        None if known.is_empty() => "; there is none".to_owned(),
-        None => format!("; there is {}", known.join(", ")),
-    }
-}
-
-fn listed(what: &str, names: &[String]) -> String {
-    let plural = if names.len() == 1 { "" } else { "s" };
-    format!("{what}{plural} {}", names.join(", "))
 }

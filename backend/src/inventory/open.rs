@@ -1,0 +1,106 @@
+//! What maps and ports are made of: an IOMMU for a map, a device for a port.
+
+use std::sync::Arc;
+
+use config::{DeviceSpec, IommuChoice, MapBy, MapConfig};
+use queues::clock::SystemClock;
+use queues::nic::Nic;
+use queues::nic::igb::Igb;
+use queues::nic::tap::Tap;
+use vfio_glue::iommu::software::SoftwareIommu;
+use vfio_glue::iommu::{self, DeviceAddress, Iommu, IommuKind, VfioUserIommu, choose};
+use vfio_glue::map::MemoryMap;
+use vfio_glue::pci::PciAddress;
+
+use super::error::{InventoryError, OpenError};
+
+/// The IOMMU for a map on which `cards` are to be, and why it is this one.
+pub(super) fn open_iommu(
+    map: &MapConfig,
+    cards: &[PciAddress],
+) -> Result<(Box<dyn Iommu>, String), InventoryError> {
+    let choice = match map.iommu {
+        IommuChoice::None => {
+            return Ok((Box::new(SoftwareIommu), "its devices are software".to_owned()));
+        }
+        IommuChoice::VfioUser => {
+            let reason = "its devices are served by other processes".to_owned();
+            return Ok((Box::new(VfioUserIommu::new()), reason));
+        }
+        IommuChoice::Auto => iommu::IommuChoice::Auto,
+        IommuChoice::Iommufd => iommu::IommuChoice::Iommufd,
+        IommuChoice::Type1 => iommu::IommuChoice::Type1,
+    };
+    let chosen = choose(choice, map_by(map.map_by), cards);
+    let chosen = chosen.map_err(|source| InventoryError::MakeMap {
+        map: map.name.clone(),
+        source: Box::new(source),
+    })?;
+    Ok((chosen.iommu, chosen.reason))
+}
+
+/// A device for a port, on the map of its guest's memory. Blocks until it is up.
+pub(super) fn open_device(
+    port: &str,
+    device: &DeviceSpec,
+    mtu: u16,
+    map: &Arc<MemoryMap>,
+) -> Result<Box<dyn Nic>, InventoryError> {
+    let wanted = match (device, map.kind()) {
+        (DeviceSpec::Pci(_), IommuKind::None | IommuKind::VfioUser) => Some("iommufd or type1"),
+        (DeviceSpec::VfioUser(_), IommuKind::None | IommuKind::Iommufd | IommuKind::Type1) => {
+            Some("vfio-user")
+        }
+        _ => None,
+    };
+    if let Some(wanted) = wanted {
+        return Err(InventoryError::WrongMap {
+            map: map.name().to_owned(),
+            iommu: map.kind(),
+            device: device.clone(),
+            wanted,
+        });
+    }
+    let opened: Result<Box<dyn Nic>, OpenError> = match device {
+        DeviceSpec::Tap(name) => Tap::open(name, mtu, map)
+            .map(|tap| Box::new(tap) as Box<dyn Nic>)
+            .map_err(OpenError::from),
+        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), mtu),
+        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), mtu),
+    };
+    opened.map_err(|source| InventoryError::Open {
+        port: port.to_owned(),
+        device: device.clone(),
+        source: Box::new(source),
+    })
+}
+
+fn open_card(map: &Arc<MemoryMap>, address: &DeviceAddress, mtu: u16) -> Result<Box<dyn Nic>, OpenError> {
+    let device = map.attach(address)?;
+    let clock = Arc::new(SystemClock::default());
+    Ok(Box::new(Igb::open(device, mtu, clock)?))
+}
+
+/// The address as the crate that opens it has it.
+pub fn pci_address(address: config::PciAddress) -> PciAddress {
+    let config::PciAddress {
+        domain,
+        bus,
+        device,
+        function,
+    } = address;
+    PciAddress {
+        domain,
+        bus,
+        device,
+        function,
+    }
+}
+
+fn map_by(map_by: MapBy) -> iommu::MapBy {
+    match map_by {
+        MapBy::Auto => iommu::MapBy::Auto,
+        MapBy::File => iommu::MapBy::File,
+        MapBy::Address => iommu::MapBy::Address,
+    }
+}
