@@ -214,6 +214,10 @@ impl Type1 {
             let Err(source) = sys::group_unset_container(&group.file) else {
                 return false;
             };
+            // It is in no container: the kernel takes it out when its last device is unbound, perhaps just now.
+            if source.raw_os_error() == Some(libc::EINVAL) {
+                return false;
+            }
             outcome = Err(IommuError::Call {
                 call: "VFIO_GROUP_UNSET_CONTAINER",
                 object: sysfs.group(*number).display().to_string(),
