@@ -63,7 +63,7 @@ fn answer(inventory: &Arc<Inventory>, line: &str) -> Value {
     match obey(inventory, &order) {
         Ok(value) => json!({ "ok": value }),
         Err(error) => {
-            let error = chain(&error);
+            let error = config::chain(&error);
             if !matches!(order, Order::Stats { .. }) {
                 tracing::warn!(command = order.command(), "refused: {error}");
             }
@@ -88,7 +88,7 @@ fn read(line: &str) -> Result<Order, String> {
         };
         fields.push((key, text));
     }
-    Order::read(&command, &fields).map_err(|error| chain(&error))
+    Order::read(&command, &fields).map_err(|error| config::chain(&error))
 }
 
 fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryError> {
@@ -120,18 +120,6 @@ fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryErr
         Outcome::Changed(text) => json!({ "changed": true, "text": text }),
         Outcome::AlreadySo(text) => json!({ "changed": false, "text": text }),
     })
-}
-
-/// An error and its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// The control socket, bound and not served yet.

@@ -15,37 +15,11 @@ use std::sync::mpsc::{Receiver, Sender};
 use rustix::event::{PollFd, PollFlags, poll};
 use vfio_glue::pci::HostEvent;
 
-use crate::inventory::Inventory;
-use crate::port::Port;
+use crate::inventory::{DeviceEvents, Inventory};
 use crate::signals::Stop;
-
-/// What one device of a port can tell.
-#[derive(Debug)]
-pub struct DeviceEvents {
-    port: Arc<Port>,
-    link: Option<OwnedFd>,
-    host: [(HostEvent, Option<OwnedFd>); 2],
-}
 
 /// What the host wants of a device.
 pub type HostWish = (Arc<DeviceEvents>, HostEvent);
-
-impl DeviceEvents {
-    /// Those of the device a port has now.
-    pub fn of(port: &Arc<Port>) -> Self {
-        let host = [HostEvent::Release, HostEvent::Error].map(|which| (which, port.host_event(which)));
-        Self {
-            link: port.link_event(),
-            host,
-            port: Arc::clone(port),
-        }
-    }
-
-    /// The port that has, or had, the device.
-    pub fn port(&self) -> &Arc<Port> {
-        &self.port
-    }
-}
 
 /// One thing to wait for.
 struct Watched<'a> {

@@ -3,7 +3,7 @@
 //! ```text
 //! argv ──cli.rs──┬──────────────── one port ──────────────┬──▶ check.rs ──▶ Config ──▶ backend
 //!                ├─ --config FILE ─▶ section.rs ▶ file.rs ─┘
-//!                └─ a command ─▶ order.rs ──control socket──▶ order.rs ──▶ backend of a running process
+//!                └─ command.rs ─▶ order.rs ──control socket──▶ order.rs ──▶ backend of a running process
 //! ```
 //!
 //! The crate stands alone: it knows no other crate of the workspace, opens nothing but the file it is told to
@@ -21,6 +21,7 @@
 
 mod check;
 mod cli;
+mod command;
 mod device;
 mod file;
 mod map;
@@ -174,7 +175,7 @@ impl ParseError {
 }
 
 /// Joins an error and its causes: `what was tried: why not: why that`.
-fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

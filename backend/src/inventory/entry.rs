@@ -1,14 +1,15 @@
 //! What is listed of a map and of a port, and whether that is what was asked for.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use config::{DeviceSpec, IommuChoice, MapBy, MapConfig, Order, PortConfig, SocketSpec, same_path};
 use vfio_glue::map::MemoryMap;
+use vfio_glue::pci::HostEvent;
 
 use super::Outcome;
 use super::error::InventoryError;
-use crate::devices::DeviceEvents;
 use crate::port::Port;
 use crate::signals::Stop;
 
@@ -17,6 +18,27 @@ use crate::signals::Stop;
 pub(super) struct MapEntry {
     pub(super) config: MapConfig,
     pub(super) map: Arc<MemoryMap>,
+}
+
+/// What one device of a port can tell.
+#[derive(Debug)]
+pub struct DeviceEvents {
+    /// The port that has, or had, the device.
+    pub(crate) port: Arc<Port>,
+    pub(crate) link: Option<OwnedFd>,
+    pub(crate) host: [(HostEvent, Option<OwnedFd>); 2],
+}
+
+impl DeviceEvents {
+    /// Those of the device a port has now.
+    pub fn of(port: &Arc<Port>) -> Self {
+        let host = [HostEvent::Release, HostEvent::Error].map(|which| (which, port.host_event(which)));
+        Self {
+            link: port.link_event(),
+            host,
+            port: Arc::clone(port),
+        }
+    }
 }
 
 /// A port, and what is needed to end it.

@@ -30,11 +30,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use vfio_glue::map::MemoryMap;
 use vfio_glue::pci::{HostEvent, PciAddress};
 
+pub use self::entry::DeviceEvents;
 use self::entry::{Attached, MapEntry, PortEntry};
 pub use self::error::{InventoryError, OpenError};
 pub use self::open::pci_address;
 use self::open::{open_device, open_iommu};
-use crate::devices::DeviceEvents;
 use crate::endpoint::Endpoint;
 use crate::port::{Port, PortError};
 use crate::signals::Stop;
@@ -297,7 +297,7 @@ impl Inventory {
         let Ok(_operation) = self.operation() else {
             return;
         };
-        let port = events.port();
+        let port = &events.port;
         let is_it = |attached: &Attached| Arc::ptr_eq(&attached.events, events);
         let device = self.with_port(port, |entry| entry.device.clone().filter(is_it));
         let Some(Attached { spec: device, .. }) = device.flatten() else {

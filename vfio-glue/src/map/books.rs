@@ -15,7 +15,6 @@ use super::extent::{CELL_BYTES, Extent, ExtentKey, cells_in};
 use super::files::{FileId, Files};
 use super::iova::{IovaAllocator, cautious_ranges};
 use super::plan::{self, Add, Mapped, Pins, Plan, Splinters, Wanted, WhyAdded, WhyKept};
-use super::snapshot::pinned_bytes;
 use crate::address::Iova;
 use crate::iommu::reach::{PAGE, Reach, show_ranges};
 use crate::iommu::software::SoftwareBus;
@@ -410,8 +409,14 @@ impl Books {
 
     /// Whether a device that comes now can have all that is mapped pinned for it.
     pub(super) fn check_attach(&self) -> Result<(), MapError> {
-        let mapped = pinned_bytes(self.records.values(), self.iommu.as_ref());
-        budget::check_attach(self.iommu.as_ref(), mapped)
+        budget::check_attach(self.iommu.as_ref(), self.pinned_bytes())
+    }
+
+    /// How many bytes the kernel has pinned for what is mapped, or will have once it pins.
+    pub(super) fn pinned_bytes(&self) -> u64 {
+        let extents = self.records.values().map(|record| &record.extent);
+        let mapped = extents.map(|extent| (extent.key.file, extent.file_range()));
+        budget::pinned_bytes(mapped, self.iommu.as_ref())
     }
 
     /// Adopts the ranges the kernel allows with a new device, if nothing mapped falls out of them.

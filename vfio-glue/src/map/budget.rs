@@ -10,7 +10,10 @@
 //!
 //! Read with: `iommu/locked.rs`; TRAPS 28, 48.
 
+use std::ops::Range;
+
 use super::MapError;
+use super::files::FileId;
 use crate::iommu::{Iommu, LockedMemory};
 
 /// Whether `need` more bytes can be pinned, now or when a first device comes.
@@ -30,6 +33,29 @@ pub(super) fn check_attach(iommu: &dyn Iommu, mapped: u64) -> Result<(), MapErro
     iommu
         .locked_memory()
         .map_or(Ok(()), |locked| fits(mapped, &LockedMemory { owed: 0, ..locked }))
+}
+
+/// How many bytes the kernel has pinned for `mapped`, byte ranges of files, while it pins.
+pub(super) fn pinned_bytes(mapped: impl Iterator<Item = (FileId, Range<u64>)>, iommu: &dyn Iommu) -> u64 {
+    let mut ranges: Vec<(FileId, u64, u64)> = mapped
+        .map(|(file, range)| (file, range.start, range.end))
+        .collect();
+    if !iommu.shares_pins() {
+        return ranges.iter().map(|(_, start, end)| end - start).sum();
+    }
+    // Each byte once, however many extents show it.
+    ranges.sort_unstable();
+    let mut sum = 0;
+    let mut reached = None;
+    for (file, start, end) in ranges {
+        let from = match reached {
+            Some((of, to)) if of == file => start.max(to),
+            _ => start,
+        };
+        sum += end.saturating_sub(from);
+        reached = Some((file, end.max(from)));
+    }
+    sum
 }
 
 fn fits(need: u64, locked: &LockedMemory) -> Result<(), MapError> {

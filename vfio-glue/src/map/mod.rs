@@ -50,7 +50,6 @@ use self::books::{AcquireError, Books, Changed, WantedPages};
 use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
 use self::plan::Wanted;
-use self::snapshot::pinned_bytes;
 use crate::iommu::software::SoftwareBus;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind};
 use crate::memory::{MemoryFile, RegionSpec, Table, refuse_overlap};
@@ -271,7 +270,7 @@ impl MemoryMap {
             usable: books.iovas.usable().to_vec(),
             mapped_bytes,
             pinned_bytes: if books.iommu.pins_now() {
-                pinned_bytes(books.records.values(), books.iommu.as_ref())
+                books.pinned_bytes()
             } else {
                 0
             },

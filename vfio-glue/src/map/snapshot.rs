@@ -4,7 +4,6 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 use super::books::{Record, UNMAP_FAILED};
-use super::files::FileId;
 use crate::address::Iova;
 use crate::iommu::{DeviceAddress, Iommu, IommuKind, MappedBy};
 
@@ -48,32 +47,6 @@ pub struct ExtentSnapshot {
     /// Who asked for it, once for each time; `unmap failed` for a range that nobody has any more and that could not
     /// be taken from the devices.
     pub owners: Vec<String>,
-}
-
-/// How many bytes the kernel has pinned for what is mapped, while it pins.
-pub(super) fn pinned_bytes<'a>(records: impl Iterator<Item = &'a Record>, iommu: &dyn Iommu) -> u64 {
-    let mut ranges: Vec<(FileId, u64, u64)> = records
-        .map(|record| {
-            let range = record.extent.file_range();
-            (record.extent.key.file, range.start, range.end)
-        })
-        .collect();
-    if !iommu.shares_pins() {
-        return ranges.iter().map(|(_, start, end)| end - start).sum();
-    }
-    // Each byte once, however many extents show it.
-    ranges.sort_unstable();
-    let mut sum = 0;
-    let mut reached = None;
-    for (file, start, end) in ranges {
-        let from = match reached {
-            Some((of, to)) if of == file => start.max(to),
-            _ => start,
-        };
-        sum += end.saturating_sub(from);
-        reached = Some((file, end.max(from)));
-    }
-    sum
 }
 
 impl Record {
