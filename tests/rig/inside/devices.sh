@@ -52,6 +52,8 @@ traffic_end() {
 	for job in "${traffic[@]}"; do kill -0 "$job" || { echo "the traffic ended before its time" && status=1; }; done
 	kill -TERM "${traffic[@]}"
 	for job in "${traffic[@]}"; do wait "$job" || status=1; done
+	# Who lost them: the card and we by `stats`, the front-end and the wire's ends by their interfaces.
+	[ $status = 0 ] || { stats && ip -s link; } >"$LOGS/lost-after-$SECONDS-s.log"
 	echo "$(cat "$RUN/traffic-tx"); $(cat "$RUN/traffic-rx")"
 	return $status
 }
