@@ -233,6 +233,60 @@ fn memory_that_no_room_is_left_for_is_refused_with_the_ranges() {
     bystander.end();
 }
 
+#[test]
+fn regions_that_make_no_sense_are_refused_in_their_numbers() {
+    let mut bystander = Bystander::new();
+    let with = |change: &dyn Fn(&mut Vec<RegionSpec>)| {
+        let mut regions = memory(2 * MIB);
+        change(&mut regions);
+        regions
+    };
+    let twice = |regions: &mut Vec<RegionSpec>| {
+        let mut second = regions[0].clone();
+        second.guest = GuestAddress(MIB);
+        second.frontend = FrontendAddress(1 << 40);
+        regions.push(second);
+    };
+    let cases = [
+        (
+            with(&twice),
+            "region at 0x100000 (guest-physical) starts inside the one at 0x0, which is 0x200000 bytes long",
+        ),
+        (
+            with(&|regions| regions[0].guest = GuestAddress(u64::MAX)),
+            "guest region at 0xffffffffffffffff of 0x200000 bytes (front-end 0x0, file offset 0x0) is empty or wraps",
+        ),
+        (
+            with(&|regions| regions[0].len += 1),
+            "guest region at 0x0 (0x200001 bytes) is refused: the memory announced ends at 0x200001 of its file, which \
+             is only 0x200000 bytes long",
+        ),
+    ];
+    for (regions, wanted) in cases {
+        assert_eq!(bystander.refused(|map| map.add("vm1", regions)), wanted);
+    }
+    bystander.end();
+}
+
+#[test]
+fn memory_in_too_many_pieces_is_refused_with_the_limit() {
+    let mut bystander = Bystander::new();
+    let whole = memory(1100 * 4096).remove(0);
+    let pages = (0..1100).map(|page| RegionSpec {
+        guest: GuestAddress(page << 20),
+        frontend: FrontendAddress(page << 20),
+        len: 4096,
+        file_offset: page * 4096,
+        ..whole.clone()
+    });
+    let text = bystander.refused(|map| map.add("vm1", pages.collect()));
+    assert_eq!(
+        text,
+        "the guest's memory would be in 1100 pieces, and one guest may have 1024"
+    );
+    bystander.end();
+}
+
 /// Each call to the kernel that a change or an attach makes, refused once: undone as a whole.
 #[test]
 fn a_refusal_of_the_kernel_half_way_is_undone_and_passed_on() {
