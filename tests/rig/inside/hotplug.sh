@@ -71,7 +71,8 @@ serves_file() {
 	free=$(movable_free)
 	vm_run "head -c $((file_mib << 20)) /dev/urandom >/www/file" || return 1
 	free=$((free - $(movable_free)))
-	[ $free -ge $((file_mib * 256)) ] || { echo "only $free pages of the movable block were taken" && return 1; }
+	# Not all: some come from what the CPU had set aside before.
+	[ $free -ge $((file_mib * 192)) ] || { echo "only $free pages of the movable block were taken" && return 1; }
 	sum=$(vm_run "sha256sum </www/file")
 	busybox wget -q -O "$RUN/fetched" "http://$GUEST_ADDRESS/file" || { echo "wget failed" && return 1; }
 	[ "$(sha256sum <"$RUN/fetched")" = "$sum" ] || { echo "other contents came than $sum" && return 1; }
