@@ -22,7 +22,7 @@ traffic_start() {
 		--window 8 --size 1514 --idle-ms 20000 >"$LOGS/traffic-$1" 2>&1 &
 	traffic=$!
 	frames_seen=
-	wait_for 60 "frames from the guest" frames_come_back
+	wait_for 120 "frames from the guest" frames_come_back
 }
 traffic_stop() {
 	local status=0

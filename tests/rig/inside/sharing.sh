@@ -36,14 +36,23 @@ start() {
 
 # two_at_once COMMAND..: runs it for both guests at once; fails if one does.
 two_at_once() {
-	local status=0 which jobs=()
+	local status=0 which jobs=() seen
 	for which in 0 1; do
 		FRONT_END_VETH=guest$which GUEST_MAC=${macs[which]} "$@" $which >"$RUN/seen-$which" 2>&1 &
 		jobs+=($!)
 	done
 	for which in "${jobs[@]}"; do wait $which || status=1; done
-	echo "$(cat "$RUN/seen-0"); $(cat "$RUN/seen-1")" | tr '\n' ' '
+	seen="$(cat "$RUN/seen-0"); $(cat "$RUN/seen-1")"
+	[ $status = 0 ] || seen+="; $(what_came)"
+	echo "$seen" | tr '\n' ' '
 	return $status
+}
+# For a failure: how far frames came in our process, and in a guest.
+what_came() {
+	stats_to failed
+	"$RIG_TOOLS/picture" "$LOGS/failed.json" >"$LOGS/failed.picture" 2>&1 || :
+	grep -h -E '^ *vm[01]' "$LOGS/failed.picture" | tr -s ' ' | tr '\n' ';'
+	[ -z "${VMM:-}" ] || vm_run "grep -h eth /proc/net/dev /proc/net/packet" | tr -s ' ' | tr '\n' ';'
 }
 
 # ---- two front-ends with equal addresses ----------------------------------------------------------------------
@@ -127,10 +136,12 @@ two_nics() {
 guest_start() {
 	vm_initramfs "$RIG_TOOLS/wire-check" <<-END >"$RUN/guest.cpio.gz"
 		mount -t tmpfs -o size=80% tmp /tmp
+		until [ -e /sys/class/net/eth1 ]; do sleep 0.1; done
 		ip link set eth1 up
 		for which in 0 1; do
 			wire-check echo --iface eth\$which --tag \$((7 + which)) --until-term --up-within-ms 86400000 --idle-ms 86400000 >/dev/null &
 		done
+		until [ \$(wc -l </proc/net/packet) -gt 2 ]; do sleep 0.1; done
 		$VM_SHELL_INIT
 	END
 	VM_SOCKET_OPTIONS=,reconnect-ms=200 vm_start \

@@ -90,7 +90,7 @@ struct RunArgs {
     #[arg(long, default_value_t = 5000)]
     idle_ms: u64,
     /// How long the path may take to come up.
-    #[arg(long, default_value_t = 30000)]
+    #[arg(long, default_value_t = 120_000)]
     up_within_ms: u64,
     /// Print JSON instead of a line.
     #[arg(long)]
