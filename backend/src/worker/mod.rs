@@ -6,28 +6,25 @@
 //!
 //! Whatever others want of a lane is a command, run between two passes and answered when it is done. So when a
 //! front-end has its reply, it is true.
+//!
+//! Here is the worker as others see it; `lanes.rs` is its own side, `patience.rs` how long a lane is looked after in vain.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+mod lanes;
+mod patience;
+
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use queues::lane::{Lane, Progress};
-use rustix::event::epoll::{self, EventData, EventFlags};
+use queues::lane::Lane;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::CpuSet;
 use vfio_glue::nudge::ThreadId;
 
-/// How long a lane keeps its worker polling after the last frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Patience {
-    /// This long, then sleep. Zero sleeps at once.
-    For(Duration),
-    /// Never sleep.
-    Forever,
-}
+use self::lanes::Lanes;
+pub use self::patience::Patience;
 
 /// Names a lane on its worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,220 +208,13 @@ fn pin_to(cpu: usize) -> std::io::Result<()> {
     Ok(())
 }
 
-struct Seat {
-    id: u64,
-    lane: Box<dyn Lane>,
-    patience: Patience,
-    /// At the last pass.
-    retired: bool,
-}
-
-/// What a descriptor in epoll is, in the low bits of its data.
-#[derive(Clone, Copy)]
-enum Source {
-    Command = 0,
-    Kick = 1,
-    Interrupt = 2,
-}
-
-/// The worker's own side.
-struct Lanes {
-    seats: Vec<Seat>,
-    next_id: u64,
-    epoll: OwnedFd,
-    wake: Arc<OwnedFd>,
-    pulse: Arc<Pulse>,
-}
-
-const EVENTS: usize = 32;
-
-impl Lanes {
-    fn new(wake: Arc<OwnedFd>, pulse: Arc<Pulse>) -> std::io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(
-            &epoll,
-            &wake,
-            EventData::new_u64(Source::Command as u64),
-            EventFlags::IN,
-        )?;
-        Ok(Self {
-            seats: Vec::new(),
-            next_id: 1,
-            epoll,
-            wake,
-            pulse,
-        })
-    }
-
-    fn run(mut self, inbox: &Receiver<Command>) {
-        let mut idle_since: Option<Instant> = None;
-        loop {
-            let passes = self.pulse.passes.load(Ordering::Relaxed).wrapping_add(1);
-            self.pulse.passes.store(passes, Ordering::Release);
-            if !self.obey(inbox) {
-                return;
-            }
-            if self.poll_all() {
-                idle_since = None;
-                continue;
-            }
-            let patience = self.patience();
-            match patience {
-                Patience::Forever => {
-                    std::hint::spin_loop();
-                    continue;
-                }
-                Patience::For(time) if !time.is_zero() => {
-                    if idle_since.get_or_insert_with(Instant::now).elapsed() < time {
-                        std::hint::spin_loop();
-                        continue;
-                    }
-                }
-                Patience::For(_) => {}
-            }
-            idle_since = None;
-            self.sleep();
-        }
-    }
-
-    /// Runs what others asked for. Returns false when nobody can ask any more.
-    fn obey(&mut self, inbox: &Receiver<Command>) -> bool {
-        loop {
-            match inbox.try_recv() {
-                Ok(command) => command(self),
-                Err(std::sync::mpsc::TryRecvError::Empty) => return true,
-                Err(std::sync::mpsc::TryRecvError::Disconnected) => return false,
-            }
-        }
-    }
-
-    /// One pass over all lanes. Returns whether anything moved.
-    fn poll_all(&mut self) -> bool {
-        let mut moved = false;
-        for seat in &mut self.seats {
-            let progress = seat.lane.poll();
-            moved |= progress == Progress::Moved;
-            seat.retired = progress == Progress::Retired;
-        }
-        moved
-    }
-
-    /// How long to go on looking: as the most patient lane wants it. A retired one has no say.
-    fn patience(&self) -> Patience {
-        let awake = self
-            .seats
-            .iter()
-            .filter(|seat| !seat.retired)
-            .map(|seat| seat.patience);
-        awake.fold(Patience::For(Duration::ZERO), longer)
-    }
-
-    /// Asks for wake-ups, looks once more, and waits for one.
-    fn sleep(&mut self) {
-        let mut busy = false;
-        for seat in &mut self.seats {
-            busy |= seat.lane.arm();
-        }
-        if !busy {
-            for seat in &mut self.seats {
-                seat.lane.count_sleep();
-            }
-            self.wait();
-        }
-    }
-
-    fn wait(&mut self) {
-        let mut events = Vec::with_capacity(EVENTS);
-        self.pulse.asleep.store(true, Ordering::Release);
-        let waited = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None);
-        self.pulse.asleep.store(false, Ordering::Release);
-        match waited {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return,
-            Err(error) => {
-                tracing::error!(%error, "epoll_wait failed");
-                return;
-            }
-        }
-        for event in events {
-            let data = event.data.u64();
-            let id = LaneId(data >> 2);
-            match data & 3 {
-                kind if kind == Source::Kick as u64 => {
-                    if let Some(seat) = self.find(id) {
-                        seat.lane.take_kick();
-                    }
-                }
-                kind if kind == Source::Interrupt as u64 => {
-                    if let Some(seat) = self.find(id) {
-                        seat.lane.take_interrupt();
-                    }
-                }
-                // Read so that it is quiet again; the commands themselves are in the inbox.
-                _ => {
-                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                }
-            }
-        }
-    }
-
-    fn add(&mut self, lane: Box<dyn Lane>, patience: Patience) -> LaneId {
-        let id = self.next_id;
-        self.next_id += 1;
-        self.watch(id, Source::Kick, lane.kick_fd());
-        self.watch(id, Source::Interrupt, lane.interrupt_fd());
-        let retired = false;
-        self.seats.push(Seat {
-            id,
-            lane,
-            patience,
-            retired,
-        });
-        LaneId(id)
-    }
-
-    /// Edge-triggered: a descriptor that stays readable (a tap whose frames have no buffer yet) must not keep the
-    /// thread awake; arming looks once more, so no edge is missed.
-    fn watch(&self, id: u64, source: Source, fd: Option<BorrowedFd<'_>>) {
-        let Some(fd) = fd else { return };
-        let data = EventData::new_u64(id << 2 | source as u64);
-        if let Err(error) = epoll::add(&self.epoll, fd, data, EventFlags::IN | EventFlags::ET) {
-            tracing::error!(%error, "a descriptor cannot be waited for, its lane may stay asleep");
-        }
-    }
-
-    fn remove(&mut self, id: LaneId) -> Option<Removed> {
-        let index = self.seats.iter().position(|seat| seat.id == id.0)?;
-        let seat = self.seats.remove(index);
-        for fd in [seat.lane.kick_fd(), seat.lane.interrupt_fd()]
-            .into_iter()
-            .flatten()
-        {
-            if let Err(error) = epoll::delete(&self.epoll, fd.as_fd()) {
-                tracing::warn!(%error, "a descriptor was not waited for");
-            }
-        }
-        Some((seat.lane, seat.patience))
-    }
-
-    fn find(&mut self, id: LaneId) -> Option<&mut Seat> {
-        self.seats.iter_mut().find(|seat| seat.id == id.0)
-    }
-}
-
-fn longer(a: Patience, b: Patience) -> Patience {
-    match (a, b) {
-        (Patience::For(a), Patience::For(b)) => Patience::For(a.max(b)),
-        _ => Patience::Forever,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::time::{Duration, Instant};
 
-    use queues::lane::{Adoption, MissingMemory, Stopped};
+    use queues::lane::{Adoption, MissingMemory, Progress, Stopped};
     use queues::nic::NicError;
     use vfio_glue::map::Leaving;
     use vfio_glue::memory::{Footprint, Table};
