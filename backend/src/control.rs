@@ -99,14 +99,15 @@ fn obey(inventory: &Arc<Inventory>, order: &Order) -> Result<Value, InventoryErr
             } else {
                 Detail::Counters
             };
-            return Ok(json!(Report::of(&inventory.ports(), &inventory.maps(), detail)));
+            let (ports, maps, workers) = (inventory.ports(), inventory.maps(), inventory.workers());
+            return Ok(json!(Report::of(&ports, &maps, &workers, detail)));
         }
         Order::MapShow { name } => {
             let maps = match name {
                 Some(name) => vec![inventory.map(name)?],
                 None => inventory.maps(),
             };
-            return Ok(json!({ "maps": Report::of(&[], &maps, Detail::Counters).maps }));
+            return Ok(json!({ "maps": Report::of(&[], &maps, &[], Detail::Counters).maps }));
         }
         Order::MapCreate(map) => inventory.create_map(map, &[])?,
         Order::MapDestroy { name } => inventory.destroy_map(name)?,

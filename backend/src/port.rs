@@ -396,11 +396,9 @@ impl Port {
         self.has_stalled() && self.state().running.iter().flatten().any(shared)
     }
 
-    /// Nudges the port's own worker, if it has one and that stands still. Takes no lock.
-    pub fn check_pulse(&self) {
-        if let Some(worker) = self.apart.get() {
-            worker.check_pulse();
-        }
+    /// The worker it has to itself, if it has one. Takes no lock.
+    pub fn own_worker(&self) -> Option<&Arc<Worker>> {
+        self.apart.get()
     }
 
     fn has_stalled(&self) -> bool {

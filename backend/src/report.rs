@@ -1,4 +1,4 @@
-//! What `stats` shows: ports with their lanes, maps with their extents. The names are part of the product.
+//! What `stats` shows: ports with their lanes, maps with their extents, workers. The names are part of the product.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use vfio_glue::map::{ExtentSnapshot, MapSnapshot, MemoryMap};
 use vfio_glue::memory::{Footprint, Table, TableHint};
 
 use crate::port::{Direction, Port};
+use crate::worker::Worker;
 
 /// Everything, at one moment.
 #[derive(Debug, Serialize)]
@@ -19,8 +20,21 @@ pub struct Report {
     pub ports: Vec<PortReport>,
     /// Every map.
     pub maps: Vec<MapReport>,
+    /// Every worker.
+    pub workers: Vec<WorkerReport>,
     /// The process.
     pub process: ProcessReport,
+}
+
+/// A worker.
+#[derive(Debug, Serialize)]
+pub struct WorkerReport {
+    /// What its thread is called.
+    pub name: String,
+    /// Passes over its lanes. They stand still while it sleeps.
+    pub passes: u64,
+    /// Times it went to sleep.
+    pub sleeps: u64,
 }
 
 /// The process as the kernel sees it.
@@ -177,11 +191,22 @@ pub enum Detail {
 
 impl Report {
     /// Looks at everything.
-    pub fn of(ports: &[Arc<Port>], maps: &[Arc<MemoryMap>], detail: Detail) -> Self {
+    pub fn of(ports: &[Arc<Port>], maps: &[Arc<MemoryMap>], workers: &[Arc<Worker>], detail: Detail) -> Self {
         Self {
+            workers: workers.iter().map(|worker| WorkerReport::of(worker)).collect(),
             ports: ports.iter().map(|port| PortReport::of(port, detail)).collect(),
             maps: maps.iter().map(|map| MapReport::of(map.snapshot())).collect(),
             process: ProcessReport::now(),
+        }
+    }
+}
+
+impl WorkerReport {
+    fn of(worker: &Worker) -> Self {
+        Self {
+            name: worker.name().to_owned(),
+            passes: worker.passes(),
+            sleeps: worker.sleeps(),
         }
     }
 }

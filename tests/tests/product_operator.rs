@@ -519,16 +519,24 @@ fn an_idle_process_sleeps() {
     wake_by_frames(&mut host, &mut guest, &[60, 1514, 60, 1514]);
 
     let mut statistics = Statistics::connect(host.control());
-    let (slept, ticks) = (sleeps(&statistics.ask()), ticks_without_control(&host.product));
+    let passes = |stats: &Value| count(&stats["workers"][0], "passes");
+    let first = statistics.ask();
+    let (slept, passed, ticks) = (
+        sleeps(&first),
+        passes(&first),
+        ticks_without_control(&host.product),
+    );
     // Enough questions to take many ticks themselves, in which a worker that polls takes as many.
     let asked_from = host.product.cpu_ticks();
     while host.product.cpu_ticks() < asked_from + 50 {
         statistics.ask();
     }
-    let woken = sleeps(&statistics.ask()) - slept;
+    let last = statistics.ask();
+    let (woken, looked) = (sleeps(&last) - slept, passes(&last) - passed);
     let spent = ticks_without_control(&host.product) - ticks;
     assert!(spent <= 3, "an idle process spent {spent} ticks");
     assert!(woken <= 3, "an idle worker went to sleep {woken} times");
+    assert!(looked <= 3, "an idle worker looked {looked} times at its lanes");
 
     // And it is not dead.
     wake_by_frames(&mut host, &mut guest, &[60]);

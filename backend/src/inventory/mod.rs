@@ -358,10 +358,16 @@ impl Inventory {
         self.changed.as_fd()
     }
 
+    /// All workers: the shared ones, then those that ports have to themselves.
+    pub fn workers(&self) -> Vec<Arc<Worker>> {
+        let ports = self.ports();
+        let own = ports.iter().filter_map(|port| port.own_worker());
+        self.workers.iter().chain(own).map(Arc::clone).collect()
+    }
+
     /// Frees workers that a front-end made wait. To be called about once a second.
     pub fn check_pulses(&self) {
-        self.workers.iter().for_each(|worker| worker.check_pulse());
-        self.ports().iter().for_each(|port| port.check_pulse());
+        self.workers().iter().for_each(|worker| worker.check_pulse());
     }
 
     /// Removes everything, for good: every queue of every card is stopped, then memory is unmapped, then devices and

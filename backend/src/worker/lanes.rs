@@ -4,18 +4,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use queues::lane::{Lane, Progress};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use super::patience::longer;
+use super::patience::Vigil;
 use super::{Command, LaneId, Patience, Pulse, Removed};
 
 pub(super) struct Seat {
     id: u64,
     pub(super) lane: Box<dyn Lane>,
-    patience: Patience,
+    vigil: Vigil,
     /// At the last pass.
     retired: bool,
 }
@@ -58,38 +58,32 @@ impl Lanes {
     }
 
     pub(super) fn run(mut self, inbox: &Receiver<Command>) {
-        let mut idle_since: Option<Instant> = None;
+        // Made here, as it cannot change threads, and kept from one sleep to the next.
+        let mut events = Vec::with_capacity(EVENTS);
         loop {
-            let passes = self.pulse.passes.load(Ordering::Relaxed).wrapping_add(1);
-            self.pulse.passes.store(passes, Ordering::Release);
+            self.pulse.passes.add(1);
             if !self.obey(inbox) {
                 return;
             }
-            if self.poll_all() {
-                idle_since = None;
+            if self.pass() {
                 continue;
             }
-            let patience = self.patience();
-            match patience {
-                Patience::Forever => {
-                    std::hint::spin_loop();
-                    continue;
-                }
-                Patience::For(time) if !time.is_zero() => {
-                    if idle_since.get_or_insert_with(Instant::now).elapsed() < time {
-                        std::hint::spin_loop();
-                        continue;
-                    }
-                }
-                Patience::For(_) => {}
+            if self.is_patient(Instant::now) {
+                std::hint::spin_loop();
+                continue;
             }
-            idle_since = None;
-            self.sleep();
+            self.sleep(&mut events);
         }
     }
 
     /// Runs what others asked for. Returns false when nobody can ask any more.
     fn obey(&mut self, inbox: &Receiver<Command>) -> bool {
+        // The channel itself is looked into only when something was said: an empty look costs a full barrier.
+        if !self.pulse.asked.load(Ordering::Acquire) {
+            return true;
+        }
+        // Before the look, and pairs with the store after a command was sent: one that comes meanwhile says so again.
+        self.pulse.asked.swap(false, Ordering::Acquire);
         loop {
             match inbox.try_recv() {
                 Ok(command) => command(self),
@@ -99,54 +93,63 @@ impl Lanes {
         }
     }
 
-    /// One pass over all lanes. Returns whether anything moved.
-    fn poll_all(&mut self) -> bool {
+    /// One pass: every lane once, whatever the others have. Returns whether anything moved.
+    ///
+    /// A lane's pass is bounded, so between two looks at one lane each other moves at most a burst.
+    fn pass(&mut self) -> bool {
         let mut moved = false;
         for seat in &mut self.seats {
             let progress = seat.lane.poll();
-            moved |= progress == Progress::Moved;
+            if progress == Progress::Moved {
+                seat.vigil.renew();
+                moved = true;
+            }
             seat.retired = progress == Progress::Retired;
         }
         moved
     }
 
-    /// How long to go on looking: as the most patient lane wants it. A retired one has no say.
-    fn patience(&self) -> Patience {
-        let awake = self
+    /// Whether a lane has patience left. A retired one has no say.
+    fn is_patient(&mut self, clock: impl Fn() -> Instant) -> bool {
+        let mut read = None;
+        let mut now = || *read.get_or_insert_with(&clock);
+        // Each is asked, so that the time of each runs.
+        let mut patient = false;
+        for seat in self.seats.iter_mut().filter(|seat| !seat.retired) {
+            patient |= seat.vigil.lasts(&mut now);
+        }
+        patient
+    }
+
+    /// Asks for wake-ups, looks once more, and waits for one. Lanes are armed only up to the first that has work: that
+    /// one is polled next, and wake-ups would only disturb.
+    fn sleep(&mut self, events: &mut Vec<epoll::Event>) {
+        if let Some(seat) = self
             .seats
-            .iter()
-            .filter(|seat| !seat.retired)
-            .map(|seat| seat.patience);
-        awake.fold(Patience::For(Duration::ZERO), longer)
-    }
-
-    /// Asks for wake-ups, looks once more, and waits for one.
-    fn sleep(&mut self) {
-        let mut busy = false;
+            .iter_mut()
+            .find_map(|seat| seat.lane.arm().then_some(seat))
+        {
+            seat.vigil.renew();
+            return;
+        }
         for seat in &mut self.seats {
-            busy |= seat.lane.arm();
+            seat.lane.count_sleep();
         }
-        if !busy {
-            for seat in &mut self.seats {
-                seat.lane.count_sleep();
-            }
-            self.wait();
-        }
+        self.pulse.sleeps.add(1);
+        self.wait(events);
     }
 
-    fn wait(&mut self) {
-        let mut events = Vec::with_capacity(EVENTS);
+    fn wait(&mut self, events: &mut Vec<epoll::Event>) {
+        events.clear();
         self.pulse.asleep.store(true, Ordering::Release);
-        let waited = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None);
+        let waited = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), None);
         self.pulse.asleep.store(false, Ordering::Release);
         match waited {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return,
-            Err(error) => {
-                tracing::error!(%error, "epoll_wait failed");
-                return;
-            }
+            // A nudge or a debugger.
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => tracing::error!(%error, "epoll_wait failed"),
         }
+        // More than fit are told at the next sleep; every lane is polled before that anyway.
         for event in events {
             let data = event.data.u64();
             let id = LaneId(data >> 2);
@@ -178,7 +181,7 @@ impl Lanes {
         self.seats.push(Seat {
             id,
             lane,
-            patience,
+            vigil: Vigil::new(patience),
             retired,
         });
         LaneId(id)
@@ -205,10 +208,81 @@ impl Lanes {
                 tracing::warn!(%error, "a descriptor was not waited for");
             }
         }
-        Some((seat.lane, seat.patience))
+        Some((seat.lane, seat.vigil.patience))
     }
 
     pub(super) fn find(&mut self, id: LaneId) -> Option<&mut Seat> {
         self.seats.iter_mut().find(|seat| seat.id == id.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::testing::{TestLane, count};
+    use super::*;
+
+    fn lanes() -> Lanes {
+        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+        Lanes::new(Arc::new(wake), Arc::default()).unwrap()
+    }
+
+    #[test]
+    fn a_pass_looks_at_every_lane_once_whatever_the_others_have() {
+        let mut lanes = lanes();
+        let all: Vec<_> = [u64::MAX, 0, 1].map(TestLane::with_work).into();
+        let seen: Vec<_> = all
+            .into_iter()
+            .map(|(lane, seen, _)| {
+                lanes.add(lane, Patience::Forever);
+                seen
+            })
+            .collect();
+        for _ in 0..1000 {
+            assert!(lanes.pass(), "the first always has a frame");
+        }
+        assert_eq!(
+            seen.iter().map(|seen| count(&seen.polls)).collect::<Vec<_>>(),
+            [1000; 3]
+        );
+    }
+
+    #[test]
+    fn a_lanes_patience_is_not_renewed_by_anothers_frames() {
+        let mut lanes = lanes();
+        let begun = Instant::now();
+        let hour = Duration::from_secs(3600);
+        let (patient, ..) = TestLane::with_work(1);
+        let (hasty, hasty_seen, _) = TestLane::with_work(1);
+        lanes.add(patient, Patience::For(hour));
+        lanes.add(hasty, Patience::For(Duration::ZERO));
+        assert!(lanes.pass());
+        assert!(lanes.is_patient(|| begun), "for the hour of the first lane");
+        assert!(!lanes.is_patient(|| begun + hour));
+        hasty_seen.work.store(1, Ordering::Relaxed);
+        assert!(lanes.pass());
+        assert!(
+            !lanes.is_patient(|| begun + hour),
+            "the second lane has none to lend it"
+        );
+    }
+
+    #[test]
+    fn no_lane_is_armed_behind_one_that_has_work() {
+        let mut lanes = lanes();
+        let (first, first_seen, _) = TestLane::with_work(0);
+        let (second, second_seen, _) = TestLane::with_work(0);
+        lanes.add(first, Patience::For(Duration::from_secs(1)));
+        lanes.add(second, Patience::For(Duration::ZERO));
+        first_seen.work_at_arm.store(true, Ordering::Relaxed);
+        // Would wait for ever, if it did.
+        lanes.sleep(&mut Vec::with_capacity(EVENTS));
+        assert_eq!((count(&first_seen.arms), count(&second_seen.arms)), (1, 0));
+        assert_eq!(lanes.pulse.sleeps.get(), 0);
+        assert!(
+            lanes.is_patient(Instant::now),
+            "what arming found counts as a frame"
+        );
     }
 }

@@ -11,6 +11,8 @@
 
 mod lanes;
 mod patience;
+#[cfg(test)]
+mod testing;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +20,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use queues::lane::Lane;
+use queues::lane::{Counter, Lane};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::CpuSet;
 use vfio_glue::nudge::ThreadId;
@@ -55,13 +57,17 @@ pub struct Worker {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// A worker's sign of life.
+/// What a worker and others see of each other without a command.
 #[derive(Debug, Default)]
 struct Pulse {
     /// Passes so far.
-    passes: AtomicU64,
+    passes: Counter,
+    /// Sleeps so far.
+    sleeps: Counter,
     /// It waits in epoll, where it may stay as long as it likes.
     asleep: AtomicBool,
+    /// There may be commands in the channel.
+    asked: AtomicBool,
 }
 
 impl Worker {
@@ -143,12 +149,32 @@ impl Worker {
     /// Looks whether the worker has moved since the last call, and nudges it if it stands still while awake: a front-end
     /// has made it wait. To be called about once a second.
     pub fn check_pulse(&self) {
-        let passes = self.pulse.passes.load(Ordering::Acquire);
+        let passes = self.passes();
         let before = self.beat.swap(passes, Ordering::Relaxed);
-        if passes == before && !self.pulse.asleep.load(Ordering::Acquire) {
+        if passes == before && !self.is_asleep() {
             tracing::warn!(worker = self.name, "stands still in a system call and is nudged");
             self.thread_id.nudge();
         }
+    }
+
+    /// What its thread is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Passes over its lanes so far. They stand still while it sleeps.
+    pub fn passes(&self) -> u64 {
+        self.pulse.passes.get()
+    }
+
+    /// Whether it waits for a wake-up.
+    pub fn is_asleep(&self) -> bool {
+        self.pulse.asleep.load(Ordering::Acquire)
+    }
+
+    /// How often it went to sleep.
+    pub fn sleeps(&self) -> u64 {
+        self.pulse.sleeps.get()
     }
 
     fn run<R: Send + 'static>(
@@ -172,7 +198,10 @@ impl Worker {
         answered.recv().map_err(|_| gone())
     }
 
+    /// Says that there is a command, to one that looks and to one that sleeps.
     fn ring(&self) {
+        // Pairs with the swap before the channel is looked into.
+        self.pulse.asked.store(true, Ordering::Release);
         // A full counter is a wake-up that is pending, which is all that is wanted.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -210,104 +239,10 @@ fn pin_to(cpu: usize) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::fd::{AsFd, BorrowedFd};
     use std::time::{Duration, Instant};
 
-    use queues::lane::{Adoption, MissingMemory, Progress, Stopped};
-    use queues::nic::NicError;
-    use vfio_glue::map::Leaving;
-    use vfio_glue::memory::{Footprint, Table};
-
+    use super::testing::TestLane;
     use super::*;
-
-    /// What a lane of these tests has been through.
-    #[derive(Debug, Default)]
-    struct Seen {
-        polls: AtomicU64,
-        arms: AtomicU64,
-        kicks: AtomicU64,
-        sleeps: AtomicU64,
-        work_at_arm: AtomicBool,
-    }
-
-    struct TestLane {
-        seen: Arc<Seen>,
-        kick: OwnedFd,
-    }
-
-    impl Lane for TestLane {
-        fn name(&self) -> &'static str {
-            "test"
-        }
-
-        fn poll(&mut self) -> Progress {
-            self.seen.polls.fetch_add(1, Ordering::Relaxed);
-            Progress::Idle
-        }
-
-        fn arm(&mut self) -> bool {
-            self.seen.arms.fetch_add(1, Ordering::Relaxed);
-            self.seen.work_at_arm.swap(false, Ordering::Relaxed)
-        }
-
-        fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
-            Some(self.kick.as_fd())
-        }
-
-        fn interrupt_fd(&self) -> Option<BorrowedFd<'_>> {
-            None
-        }
-
-        fn take_kick(&mut self) {
-            self.seen.kicks.fetch_add(1, Ordering::Relaxed);
-        }
-
-        fn take_interrupt(&mut self) {}
-
-        fn count_sleep(&mut self) {
-            self.seen.sleeps.fetch_add(1, Ordering::Relaxed);
-        }
-
-        fn set_call(&mut self, _call: Option<File>) {}
-
-        fn set_err(&mut self, _err: Option<File>) {}
-
-        fn adopt(&mut self, _table: Arc<Table>, _leaving: &Leaving) -> Adoption {
-            Adoption::Adopted
-        }
-
-        fn footprint(&self) -> Vec<Footprint> {
-            Vec::new()
-        }
-
-        fn set_missing_memory(&mut self, _meaning: MissingMemory) {}
-
-        fn set_link(&mut self, _up: bool) -> Result<(), NicError> {
-            Ok(())
-        }
-
-        fn stop(self: Box<Self>) -> Stopped {
-            Stopped {
-                first_unused: 7,
-                card: Ok(()),
-            }
-        }
-    }
-
-    fn lane() -> (Box<TestLane>, Arc<Seen>, OwnedFd) {
-        let kick = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-        let seen = Arc::<Seen>::default();
-        let other_end = kick.try_clone().unwrap();
-        (
-            Box::new(TestLane {
-                seen: Arc::clone(&seen),
-                kick,
-            }),
-            seen,
-            other_end,
-        )
-    }
 
     /// Waits for something another thread does.
     fn until(condition: impl Fn() -> bool) {
@@ -321,7 +256,7 @@ mod tests {
     #[test]
     fn an_idle_worker_sleeps_and_a_kick_wakes_it() {
         let worker = Worker::start("worker0", None).unwrap();
-        let (lane, seen, kick) = lane();
+        let (lane, seen, kick) = TestLane::with_work(0);
         seen.work_at_arm.store(true, Ordering::Relaxed);
         let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
         until(|| seen.sleeps.load(Ordering::Relaxed) > 0);
@@ -336,9 +271,39 @@ mod tests {
     }
 
     #[test]
+    fn passes_stand_still_in_a_sleep() {
+        let worker = Worker::start("worker0", None).unwrap();
+        let (lane, _seen, kick) = TestLane::with_work(5);
+        worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
+        until(|| worker.is_asleep());
+        let (passes, sleeps) = (worker.passes(), worker.sleeps());
+        assert!(passes > 5);
+        (0..1000).for_each(|_| std::thread::yield_now());
+        // One more, if the wake-up of the command had not been seen yet.
+        assert!(worker.passes() <= passes + 1 && worker.sleeps() <= sleeps + 1);
+        let sleeps = worker.sleeps();
+        rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+        until(|| worker.sleeps() > sleeps);
+        assert!(worker.passes() > passes);
+    }
+
+    #[test]
+    fn a_lane_that_always_has_a_frame_keeps_no_command_waiting() {
+        let worker = Worker::start("worker0", None).unwrap();
+        let (busy, ..) = TestLane::with_work(u64::MAX);
+        let (quiet, quiet_seen, _kick) = TestLane::with_work(0);
+        worker.add(busy, Patience::For(Duration::ZERO)).unwrap();
+        let sleeps = worker.sleeps();
+        let id = worker.add(quiet, Patience::For(Duration::ZERO)).unwrap();
+        until(|| quiet_seen.polls.load(Ordering::Relaxed) > 100);
+        assert!(worker.remove(id).unwrap().is_some());
+        assert_eq!(worker.sleeps(), sleeps);
+    }
+
+    #[test]
     fn a_command_wakes_a_sleeping_worker_and_its_answer_is_the_lanes() {
         let worker = Worker::start("worker0", None).unwrap();
-        let (lane, seen, _kick) = lane();
+        let (lane, seen, _kick) = TestLane::with_work(0);
         let id = worker.add(lane, Patience::For(Duration::ZERO)).unwrap();
         until(|| seen.sleeps.load(Ordering::Relaxed) > 0);
         assert_eq!(worker.with(id, |lane| lane.name().len()).unwrap(), Some(4));
@@ -350,7 +315,7 @@ mod tests {
     #[test]
     fn a_worker_that_polls_for_ever_never_arms() {
         let worker = Worker::start("worker0", None).unwrap();
-        let (lane, seen, _kick) = lane();
+        let (lane, seen, _kick) = TestLane::with_work(0);
         let id = worker.add(lane, Patience::Forever).unwrap();
         until(|| seen.polls.load(Ordering::Relaxed) > 1000);
         worker.remove(id).unwrap();
@@ -364,7 +329,7 @@ mod tests {
         // Blocking and full: a write waits until somebody reads, and nobody does.
         let trap = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         rustix::io::write(&trap, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        let (lane, _seen, _kick) = lane();
+        let (lane, _seen, _kick) = TestLane::with_work(0);
         let id = worker.add(lane, Patience::Forever).unwrap();
         std::thread::scope(|scope| {
             let stuck = scope.spawn(|| {
