@@ -46,6 +46,16 @@ pub enum ConfigError {
         /// What both name.
         fd: i32,
     },
+    /// More queue pairs than a tap interface is opened with.
+    #[error("`port.{port}.queue-pairs` is {pairs}, and its device {device} has one queue pair")]
+    TapQueues {
+        /// The port.
+        port: String,
+        /// What it asks for.
+        pairs: u16,
+        /// Its device.
+        device: DeviceSpec,
+    },
     /// A port on the control socket.
     #[error("`port.{port}.socket-path` is {}, which is the control socket's path", path.display())]
     ControlSocket {
@@ -181,6 +191,15 @@ impl Config {
             for earlier in self.ports.iter().take(index) {
                 check_pair(earlier, port)?;
             }
+            if let Some(device @ DeviceSpec::Tap(_)) = &port.device
+                && port.queue_pairs > 1
+            {
+                return Err(ConfigError::TapQueues {
+                    port: port.name.clone(),
+                    pairs: port.queue_pairs,
+                    device: device.clone(),
+                });
+            }
             if let (Some(control), Some(path)) = (&self.control, port.socket.path())
                 && same_path(control, path)
             {
@@ -310,6 +329,16 @@ mod tests {
             port("a", "tap:a", first),
             port("b", "tap:b", second)
         ))
+    }
+
+    #[test]
+    fn a_tap_has_one_queue_pair() {
+        assert_eq!(
+            error(&port("a", "tap:a", "fd = 3\nqueue-pairs = 2")),
+            "`port.a.queue-pairs` is 2, and its device tap:a has one queue pair"
+        );
+        let card = port("a", "01:00.0", "fd = 3\nqueue-pairs = 16");
+        assert_eq!(Config::from_toml(&card).unwrap().ports[0].queue_pairs, 16);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::device::DeviceOrNone;
 use crate::map::{IommuChoice, MapBy, MapConfig};
 use crate::port::{self, Poll, PortConfig, SocketSpec};
 use crate::process::{CpuList, LogLevel};
+use crate::rss::{self, RssKey};
 use crate::value::{self, ValueError};
 use crate::{Command, Config, ParseError, defaults, file};
 
@@ -105,6 +106,17 @@ struct PortFlags {
         value_parser = port::mtu, allow_negative_numbers = true
     )]
     mtu: u16,
+
+    /// Most queue pairs the guest may use, 1 to 16, as the card has them. Those the guest has on share what comes in.
+    #[arg(
+        long, value_name = "N", help_heading = "Port", default_value_t = defaults::QUEUE_PAIRS,
+        value_parser = rss::queue_pairs, allow_negative_numbers = true
+    )]
+    queue_pairs: u16,
+
+    /// Key by which frames are spread over the pairs, 40 bytes in hexadecimal. Without it one is drawn.
+    #[arg(long, value_name = "KEY", help_heading = "Port")]
+    rss_key: Option<RssKey>,
 
     /// Kernel interface to the IOMMU. auto takes iommufd where this user can open it, else type1; without a PCI
     /// device it takes none.
@@ -304,6 +316,8 @@ fn one_port(port: PortFlags, process: ProcessFlags) -> Result<Config, clap::Erro
             map,
             poll: port.poll_us,
             mtu: port.mtu,
+            queue_pairs: port.queue_pairs,
+            rss_key: port.rss_key,
         }],
         ..no_port(process)
     })
@@ -352,10 +366,12 @@ mod tests {
 
     #[test]
     fn one_port_from_flags() {
-        let all = config(
+        let all = config(&format!(
             "--device 01:00.0 --socket-path /run/vm7.sock --socket-mode 0660 --iommu type1 --map-by address \
-             --cpus 2-3 --poll-us always --mtu 1400 --control /run/vuv.sock --name vm7 --log debug",
-        );
+             --cpus 2-3 --poll-us always --mtu 1400 --control /run/vuv.sock --name vm7 --log debug --queue-pairs 4 \
+             --rss-key {}",
+            "6d".repeat(40)
+        ));
         assert_eq!(all.log, LogLevel::Debug);
         assert_eq!(all.control, Some("/run/vuv.sock".into()));
         assert_eq!(all.workers, [Cpu(2), Cpu(3)]);
@@ -375,6 +391,8 @@ mod tests {
             map: "main".to_owned(),
             poll: Poll::Always,
             mtu: 1400,
+            queue_pairs: 4,
+            rss_key: Some(RssKey([0x6d; 40])),
         };
         assert_eq!(all.ports, [port]);
     }
@@ -454,6 +472,8 @@ mod tests {
         for (flag, value, text) in [
             ("--mtu", "9000", "mtu 9000 is above 1500"),
             ("--mtu", "-1", "`-1` is not a whole number from 68 to 1500"),
+            ("--queue-pairs", "-1", "`-1` is not a whole number from 1 to 16"),
+            ("--rss-key", "6d5a", "`6d5a` is not an RSS key"),
             ("--poll-us", "-1", "`-1` is not a polling time"),
             ("--fd", "-1", "`-1` is not a file descriptor to inherit"),
             ("--socket-mode", "rw", "`rw` is not a socket mode"),
@@ -556,6 +576,10 @@ mod tests {
             ("--fd 3", "is set by the key `fd` in [port.NAME]"),
             ("--poll-us 50", "is set by the key `poll-us` in [port.NAME]"),
             ("--mtu 1500", "is set by the key `mtu` in [port.NAME]"),
+            (
+                "--queue-pairs 2",
+                "is set by the key `queue-pairs` in [port.NAME]",
+            ),
             ("--name a", "is the NAME in its [port.NAME]"),
             ("--iommu auto", "is set by the key `iommu` in [map.NAME]"),
             ("--map-by auto", "is set by the key `map-by` in [map.NAME]"),
@@ -638,7 +662,7 @@ mod tests {
         fn any_arguments_are_read_or_refused(
             args in proptest::collection::vec(
                 prop_oneof![
-                    "--(device|socket-path|socket-mode|client|fd|iommu|map-by|cpus|poll-us|mtu|control|name|log)",
+                    "--(device|socket-path|socket-mode|client|fd|iommu|map-by|cpus|poll-us|mtu|queue-pairs|rss-key|control|name|log)",
                     "(tap:|vfio-user:|0000:01:00\\.)?[0-9a-z,-]{0,9}",
                     "\\PC{0,20}",
                 ],

@@ -13,6 +13,7 @@ use crate::device::{DeviceOrNone, DeviceSpec};
 use crate::map::{self, IommuChoice, MapBy, MapConfig};
 use crate::order::Order;
 use crate::port::{self, Poll, PortConfig, SocketSpec};
+use crate::rss::{self, RssKey};
 use crate::value::{self, ValueError};
 use crate::{AnswerForm, Command, defaults};
 
@@ -157,6 +158,15 @@ pub struct PortAdd {
         allow_negative_numbers = true
     )]
     mtu: u16,
+    /// Most queue pairs the guest may use, 1 to 16, as the card has them.
+    #[arg(
+        long, value_name = "N", default_value_t = defaults::QUEUE_PAIRS, value_parser = rss::queue_pairs,
+        allow_negative_numbers = true
+    )]
+    queue_pairs: u16,
+    /// Key by which frames are spread over the pairs, 40 bytes in hexadecimal. Without it one is drawn.
+    #[arg(long, value_name = "KEY")]
+    rss_key: Option<RssKey>,
     /// Poll this many microseconds before sleeping; 0 sleeps at once, `always` never sleeps.
     #[arg(
         long, value_name = "MICROSECONDS|always", default_value_t = defaults::POLL, allow_negative_numbers = true
@@ -226,6 +236,8 @@ impl PortAdd {
             map: self.map,
             poll: self.poll_us,
             mtu: self.mtu,
+            queue_pairs: self.queue_pairs,
+            rss_key: self.rss_key,
         });
         (self.reach, order)
     }
@@ -328,13 +340,13 @@ mod tests {
         );
         assert_eq!(
             order(
-                "port add x --socket-path /run/x --socket-mode 660 --device tap:t --map b --mtu 1400 --poll-us \
-                 always"
+                "port add x --socket-path /run/x --socket-mode 660 --device 01:00.0 --map b --mtu 1400 --poll-us \
+                 always --queue-pairs 8"
             ),
             port(
                 "x",
-                "tap:t",
-                "socket-path = '/run/x'\nsocket-mode = 0o660\nmap = 'b'\nmtu = 1400\npoll-us = 'always'"
+                "01:00.0",
+                "socket-path = '/run/x'\nsocket-mode = 0o660\nmap = 'b'\nmtu = 1400\npoll-us = 'always'\nqueue-pairs = 8"
             )
         );
         assert_eq!(

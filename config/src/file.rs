@@ -12,6 +12,7 @@ use crate::device::DeviceOrNone;
 use crate::map::{self, MapConfig};
 use crate::port::{self, PortConfig, SocketSpec};
 use crate::process::{self, Cpu, CpuList};
+use crate::rss;
 use crate::section::{Entry, FileError, Place, Section};
 use crate::value::{self, ValueError};
 use crate::{Config, defaults};
@@ -36,6 +37,8 @@ static PLACES: [Place; 3] = [
             "map",
             "poll-us",
             "mtu",
+            "queue-pairs",
+            "rss-key",
         ],
         wording: "in [port.NAME]",
     },
@@ -109,6 +112,12 @@ fn port(name: String, section: &Section<'_>) -> Result<PortConfig, FileError> {
         })?,
         mtu: or(section.get("mtu"), defaults::MTU, |entry| {
             entry.integer(port::mtu)
+        })?,
+        queue_pairs: or(section.get("queue-pairs"), defaults::QUEUE_PAIRS, |entry| {
+            entry.integer(rss::queue_pairs)
+        })?,
+        rss_key: or(section.get("rss-key"), None, |entry| {
+            entry.string(str::parse).map(Some)
         })?,
     })
 }
@@ -246,6 +255,8 @@ mod tests {
             map: map.to_owned(),
             poll,
             mtu: 1500,
+            queue_pairs: if name == "vm0" { 4 } else { 1 },
+            rss_key: None,
         };
         let listen = SocketSpec::Listen {
             path: "/run/vm0.sock".into(),
@@ -255,10 +266,14 @@ mod tests {
             path: "/run/vm1.sock".into(),
         };
         let inherited = SocketSpec::Inherited { fd: 3 };
+        let key = "6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa";
         assert_eq!(
             config.ports,
             [
-                port("vm0", card(0), listen, "main", Poll::Micros(50)),
+                PortConfig {
+                    rss_key: Some(key.parse().unwrap()),
+                    ..port("vm0", card(0), listen, "main", Poll::Micros(50))
+                },
                 port("vm1", card(1), connect, "tenant-b", Poll::Always),
                 port(
                     "lab",
@@ -296,6 +311,7 @@ mod tests {
             (port.map.as_str(), port.poll, port.mtu),
             ("main", Poll::Micros(50), 1500)
         );
+        assert_eq!((port.queue_pairs, port.rss_key), (1, None));
     }
 
     #[test]
@@ -543,8 +559,8 @@ mod tests {
             lines in proptest::collection::vec(
                 prop_oneof![
                     proptest::sample::select(EXAMPLE.lines().collect::<Vec<_>>()).prop_map(str::to_owned),
-                    "(control|cpus|log|map|port|port\\.a|device|fd|mtu|poll-us|socket-mode) = \\PC{0,20}",
-                    "(device|fd|mtu|poll-us|socket-mode|cpus) = (-?[0-9_]{1,60}|0[xob][0-9a-f]{1,40}|\\[[0-9, ]*\\])",
+                    "(control|cpus|log|map|port|port\\.a|device|fd|mtu|poll-us|queue-pairs|rss-key|socket-mode) = \\PC{0,20}",
+                    "(device|fd|mtu|poll-us|queue-pairs|rss-key|socket-mode|cpus) = (-?[0-9_]{1,60}|0[xob][0-9a-f]{1,40}|\\[[0-9, ]*\\])",
                 ],
                 0..30,
             )

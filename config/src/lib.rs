@@ -29,6 +29,7 @@ mod nearest;
 mod order;
 mod port;
 mod process;
+mod rss;
 mod section;
 mod value;
 
@@ -44,6 +45,7 @@ pub use nearest::nearest;
 pub use order::{Order, OrderError};
 pub use port::{Poll, PortConfig, SocketSpec, same_path};
 pub use process::{Cpu, LogLevel};
+pub use rss::RssKey;
 pub use section::{FileError, KeyHint};
 pub use value::ValueError;
 
@@ -106,6 +108,8 @@ pub mod defaults {
     pub const POLL: Poll = Poll::Micros(50);
     /// Largest packet, without the Ethernet header.
     pub const MTU: u16 = 1500;
+    /// Most queue pairs the guest may use.
+    pub const QUEUE_PAIRS: u16 = 1;
     /// Log level.
     pub const LOG: LogLevel = LogLevel::Info;
     /// IOMMU interface of a map.

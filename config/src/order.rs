@@ -15,6 +15,7 @@ use crate::device::{DeviceOrNone, DeviceSpec};
 use crate::map::{self, MapConfig};
 use crate::nearest::nearest;
 use crate::port::{self, PortConfig, SocketSpec};
+use crate::rss;
 use crate::value::{self, ValueError};
 
 /// One command to a running process.
@@ -149,6 +150,8 @@ const COMMANDS: [Shape; 9] = [
             "map",
             "mtu",
             "poll-us",
+            "queue-pairs",
+            "rss-key",
         ],
     },
     Shape {
@@ -291,7 +294,11 @@ fn port_fields(port: &PortConfig) -> Vec<(&'static str, String)> {
         ("map", port.map.clone()),
         ("mtu", port.mtu.to_string()),
         ("poll-us", port.poll.to_string()),
+        ("queue-pairs", port.queue_pairs.to_string()),
     ]);
+    if let Some(key) = &port.rss_key {
+        fields.push(("rss-key", key.to_string()));
+    }
     fields
 }
 
@@ -316,6 +323,10 @@ fn port(fields: &Fields<'_>) -> Result<PortConfig, OrderError> {
             .unwrap_or_else(|| defaults::MAP_NAME.to_owned()),
         poll: fields.get("poll-us", str::parse)?.unwrap_or(defaults::POLL),
         mtu: fields.get("mtu", port::mtu)?.unwrap_or(defaults::MTU),
+        queue_pairs: fields
+            .get("queue-pairs", rss::queue_pairs)?
+            .unwrap_or(defaults::QUEUE_PAIRS),
+        rss_key: fields.get("rss-key", str::parse)?,
     })
 }
 
@@ -366,6 +377,7 @@ mod tests {
     use crate::Config;
     use crate::map::{IommuChoice, MapBy};
     use crate::port::Poll;
+    use crate::rss::RssKey;
 
     fn read(command: &str, fields: &[(&str, &str)]) -> Result<Order, OrderError> {
         let owned = fields
@@ -390,6 +402,8 @@ mod tests {
             map: "tenant-b".to_owned(),
             poll: Poll::Always,
             mtu: 1400,
+            queue_pairs: 4,
+            rss_key: Some(RssKey([0x5a; 40])),
         }
     }
 
@@ -516,7 +530,7 @@ mod tests {
             command in proptest::sample::select(COMMANDS.map(|shape| shape.command).to_vec()),
             fields in proptest::collection::vec(
                 (
-                    "name|iommu|map-by|device|port|socket-path|socket-mode|client|map|mtu|poll-us|\\PC{0,5}",
+                    "name|iommu|map-by|device|port|socket-path|socket-mode|client|map|mtu|poll-us|queue-pairs|rss-key|\\PC{0,5}",
                     "auto|true|none|main|[0-9]{0,5}|\\PC{0,20}",
                 ),
                 0..8,

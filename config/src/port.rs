@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use crate::device::DeviceSpec;
+use crate::rss::RssKey;
 use crate::value::{self, ValueError};
 
 /// Bytes of a path in a Unix socket address: 108, less the closing NUL.
@@ -32,6 +33,10 @@ pub struct PortConfig {
     pub poll: Poll,
     /// Largest packet, without the Ethernet header: 68 to 1500.
     pub mtu: u16,
+    /// Most queue pairs the guest may use: 1 to 16.
+    pub queue_pairs: u16,
+    /// How received frames are spread over them; `None` for a key drawn when the device is opened.
+    pub rss_key: Option<RssKey>,
 }
 
 /// How a port and its front-end find each other.

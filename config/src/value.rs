@@ -126,6 +126,12 @@ pub enum ValueError {
         /// Largest accepted.
         most: u16,
     },
+    /// Not 40 bytes in hexadecimal.
+    #[error("`{}` is not an RSS key; wanted 40 bytes in hexadecimal, such as 6d:5a:56:...", text.escape_debug())]
+    RssKey {
+        /// What was given.
+        text: String,
+    },
     /// Neither microseconds nor `always`.
     #[error(
         "`{}` is not a polling time; wanted microseconds from 0 (never poll, sleep at once) to {}, or `always`",
