@@ -77,6 +77,12 @@ pub enum PortError {
         /// How many it would need.
         wanted: usize,
     },
+    /// There is no worker to run a lane.
+    #[error("port {port} has no worker")]
+    NoWorker {
+        /// The port.
+        port: String,
+    },
     /// The card failed.
     #[error("the device failed")]
     Nic(#[from] NicError),
@@ -89,7 +95,8 @@ pub enum PortError {
 pub struct Port {
     name: String,
     map: Arc<MemoryMap>,
-    worker: Arc<Worker>,
+    /// Pair 0 is on the first, pair 1 on the next, and round again. Both lanes of a pair are on one.
+    workers: Vec<Arc<Worker>>,
     /// A worker for this port alone, once its front-end has made the shared one wait.
     apart: OnceLock<Arc<Worker>>,
     patience: Patience,
@@ -188,12 +195,13 @@ pub struct PortStatus {
 }
 
 impl Port {
-    /// Joins a device to a worker. Its frames are at most `mtu` bytes of payload and a tagged header.
+    /// Joins a device to workers, of which there is at least one. Its queue pairs are dealt out to them in turn, and its
+    /// frames are at most `mtu` bytes of payload and a tagged header.
     pub fn new(
         name: &str,
         map: Arc<MemoryMap>,
         mut nic: Box<dyn Nic>,
-        worker: Arc<Worker>,
+        workers: Vec<Arc<Worker>>,
         patience: Patience,
         mtu: u16,
     ) -> Self {
@@ -209,7 +217,7 @@ impl Port {
         Self {
             name: name.to_owned(),
             map,
-            worker,
+            workers,
             apart: OnceLock::new(),
             patience,
             max_frame: u32::from(mtu) + 14 + 4,
@@ -332,7 +340,7 @@ impl Port {
         };
         // A front-end that will not kick is polled.
         let patience = if kicks { self.patience } else { Patience::Forever };
-        let worker = Arc::clone(self.worker());
+        let worker = Arc::clone(self.worker(pair)?);
         let id = worker.add(lane, patience)?;
         if let Some(slot) = state.running.get_mut(index) {
             *slot = Some(Seat { worker, id });
@@ -392,7 +400,11 @@ impl Port {
 
     /// Whether a lane is to move to a worker of this port alone: stop and start it.
     pub fn is_to_be_apart(&self) -> bool {
-        let shared = |seat: &Seat| Arc::ptr_eq(&seat.worker, &self.worker);
+        let shared = |seat: &Seat| {
+            self.workers
+                .iter()
+                .any(|worker| Arc::ptr_eq(&seat.worker, worker))
+        };
         self.has_stalled() && self.state().running.iter().flatten().any(shared)
     }
 
@@ -405,9 +417,9 @@ impl Port {
         self.stats.iter().any(|stats| stats.stalls.get() > 0)
     }
 
-    /// The worker for a lane that starts now. A front-end that has made the shared one wait gets one of its own, so that
-    /// it waits for itself the next time.
-    fn worker(&self) -> &Arc<Worker> {
+    /// The worker for a lane of pair `pair` that starts now. A front-end that has made a shared one wait gets one of its
+    /// own, so that it waits for itself the next time.
+    fn worker(&self, pair: u16) -> Result<&Arc<Worker>, PortError> {
         if self.has_stalled() && self.apart.get().is_none() {
             match Worker::start(&format!("worker {}", self.name), None) {
                 Ok(worker) => {
@@ -421,7 +433,13 @@ impl Port {
                 Err(error) => tracing::error!(port = self.name, %error, "no worker of its own"),
             }
         }
-        self.apart.get().unwrap_or(&self.worker)
+        let dealt = || self.workers.iter().cycle().nth(pair.into());
+        self.apart
+            .get()
+            .or_else(dealt)
+            .ok_or_else(|| PortError::NoWorker {
+                port: self.name.clone(),
+            })
     }
 
     /// Resets the device. All lanes of the port have been stopped. Memory that was kept for it goes.
@@ -705,7 +723,7 @@ mod tests {
     fn port(nic: Box<dyn Nic>) -> Port {
         let map = MemoryMap::new("main", Box::new(SoftwareIommu));
         let worker = Worker::start("worker", None).unwrap();
-        Port::new("vm0", map, nic, worker, Patience::Forever, 1500)
+        Port::new("vm0", map, nic, vec![worker], Patience::Forever, 1500)
     }
 
     #[test]

@@ -115,7 +115,7 @@ impl Machine {
         let worker = Worker::start("worker", None).unwrap();
         let nic = nic(&slots);
         let map = Arc::clone(&bench.map);
-        let port = Arc::new(Port::new("vm0", map, nic, worker, Patience::Forever, 1500));
+        let port = Arc::new(Port::new("vm0", map, nic, vec![worker], Patience::Forever, 1500));
         let [rx, tx] = [0, 64].map(|place| bench.ring(128, place));
         let places = [rx.place(), tx.place()];
         let rx = Rx::new(rx, &bench.memory, RX_ARENA, 128);

@@ -47,7 +47,7 @@ fn rig() -> Rig {
         "vm0",
         Arc::clone(&bench.map),
         nic,
-        worker,
+        vec![worker],
         Patience::Forever,
         1500,
     ));

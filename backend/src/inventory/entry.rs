@@ -47,7 +47,7 @@ pub(super) struct PortEntry {
     /// As it was asked for; which device it has now stands in `device`.
     pub(super) config: PortConfig,
     pub(super) port: Arc<Port>,
-    /// Its worker's place in the list.
+    /// The place in the list of its first pair's worker.
     pub(super) worker: usize,
     pub(super) device: Option<Attached>,
     pub(super) stop: Stop,
@@ -123,7 +123,15 @@ impl PortEntry {
             return differs("socket-path", socket(&self.config.socket), socket(&wanted.socket));
         }
         let (is, asked) = (text_of(&self.config), text_of(wanted));
-        for key in ["client", "socket-mode", "map", "mtu", "poll-us"] {
+        for key in [
+            "client",
+            "socket-mode",
+            "map",
+            "mtu",
+            "poll-us",
+            "queue-pairs",
+            "rss-key",
+        ] {
             let value = |fields: &[(&'static str, String)]| {
                 let found = fields.iter().find(|(name, _)| *name == key);
                 found.map_or_else(|| "false".to_owned(), |(_, text)| text.clone())

@@ -159,6 +159,9 @@ pub enum OpenError {
     /// It does not work.
     #[error(transparent)]
     Nic(#[from] NicError),
+    /// No key for the spread over its queues could be drawn.
+    #[error("the kernel gives no random bytes for an RSS key")]
+    RssKey(#[source] std::io::Error),
 }
 
 /// The name that was meant, or all there are.

@@ -262,8 +262,12 @@ impl Inventory {
             });
         }
         check_free(device, holder.as_deref())?;
-        let mtu = self.with_port(&port, |entry| entry.config.mtu);
-        let nic = open_device(port.name(), device, mtu.unwrap_or(defaults::MTU), port.map())?;
+        let config = self.with_port(&port, |entry| entry.config.clone());
+        let config = config.ok_or_else(|| InventoryError::NoPort {
+            name: port.name().to_owned(),
+            known: self.port_names(),
+        })?;
+        let nic = open_device(&config, device, port.map())?;
         port.set_device(nic)?;
         self.seat(&port, Some(device));
         tracing::info!(port = port.name(), %device, "device attached");
@@ -440,39 +444,44 @@ impl Inventory {
         Ok(())
     }
 
-    /// Makes a port that nobody serves yet, on the worker that has fewest, those of `beside` counted.
+    /// Makes a port that nobody serves yet, on the workers from the one on that has fewest pairs, those of `beside` counted.
     fn open_port(&self, config: &PortConfig, beside: &[PortEntry]) -> Result<PortEntry, InventoryError> {
         let map = self.map(&config.map)?;
         let failed = |source| InventoryError::Serve {
             port: config.name.clone(),
             source,
         };
-        let (index, worker) = {
+        let first = {
             let lists = self.lists();
-            let load = |index: usize| {
-                let ports = lists.ports.iter().chain(beside);
-                ports.filter(|entry| entry.worker == index).count()
-            };
-            let workers = self.workers.iter().enumerate();
-            workers.min_by_key(|(index, _)| load(*index))
+            let mut pairs = vec![0; self.workers.len()];
+            for entry in lists.ports.iter().chain(beside) {
+                for pair in 0..usize::from(entry.config.queue_pairs) {
+                    if let Some(pairs) = pairs.get_mut((entry.worker + pair) % self.workers.len().max(1)) {
+                        *pairs += 1;
+                    }
+                }
+            }
+            (0..pairs.len()).min_by_key(|index| pairs.get(*index).copied())
         }
         .ok_or_else(|| failed(std::io::Error::other("there is no worker")))?;
+        let workers = self.workers.iter().cycle().skip(first).take(self.workers.len());
+        let workers = workers.map(Arc::clone).collect();
         let stop = Stop::new().map_err(failed)?;
         let nic: Box<dyn Nic> = match &config.device {
-            Some(device) => open_device(&config.name, device, config.mtu, &map)?,
-            None => Box::new(Absent::default()),
+            Some(device) => open_device(config, device, &map)?,
+            None => Box::new(Absent::with_pairs(config.queue_pairs)),
         };
         let patience = match config.poll {
             Poll::Micros(time) => Patience::For(Duration::from_micros(time.into())),
             Poll::Always => Patience::Forever,
         };
-        let port = Port::new(&config.name, map, nic, Arc::clone(worker), patience, config.mtu);
+        let port = Port::new(&config.name, map, nic, workers, patience, config.mtu);
         let port = Arc::new(port);
         Ok(PortEntry {
             device: config.device.as_ref().map(|device| Attached::of(device, &port)),
             config: config.clone(),
             port,
-            worker: index,
+            worker: first,
             stop,
             thread: None,
             ended: false,
@@ -520,7 +529,8 @@ impl Inventory {
     fn take_device(&self, port: &Arc<Port>) -> Result<(), PortError> {
         let has_one = self.with_port(port, |entry| entry.device.is_some());
         if has_one == Some(true) {
-            port.set_device(Box::new(Absent::default()))?;
+            let pairs = u16::try_from(port.queues() / 2).unwrap_or(u16::MAX);
+            port.set_device(Box::new(Absent::with_pairs(pairs)))?;
             self.seat(port, None);
         }
         Ok(())

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use config::{DeviceSpec, IommuChoice, MapBy, MapConfig};
+use config::{DeviceSpec, IommuChoice, MapBy, MapConfig, PortConfig};
 use queues::clock::SystemClock;
-use queues::nic::Nic;
-use queues::nic::igb::Igb;
+use queues::nic::igb::{Igb, IgbSetup, RssKey};
 use queues::nic::tap::Tap;
+use queues::nic::{Nic, NicError};
 use vfio_glue::iommu::software::SoftwareIommu;
 use vfio_glue::iommu::{self, DeviceAddress, Iommu, IommuKind, VfioUserIommu, choose};
 use vfio_glue::map::MemoryMap;
@@ -39,11 +39,10 @@ pub(super) fn open_iommu(
     Ok((chosen.iommu, chosen.reason))
 }
 
-/// A device for a port, on the map of its guest's memory. Blocks until it is up.
+/// A device for a port as it is configured, on the map of its guest's memory. Blocks until it is up.
 pub(super) fn open_device(
-    port: &str,
+    port: &PortConfig,
     device: &DeviceSpec,
-    mtu: u16,
     map: &Arc<MemoryMap>,
 ) -> Result<Box<dyn Nic>, InventoryError> {
     let wanted = match (device, map.kind()) {
@@ -62,23 +61,48 @@ pub(super) fn open_device(
         });
     }
     let opened: Result<Box<dyn Nic>, OpenError> = match device {
-        DeviceSpec::Tap(name) => Tap::open(name, mtu, map)
+        DeviceSpec::Tap(name) => Tap::open(name, port.mtu, map)
             .map(|tap| Box::new(tap) as Box<dyn Nic>)
             .map_err(OpenError::from),
-        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), mtu),
-        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), mtu),
+        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), port),
+        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), port),
     };
-    opened.map_err(|source| InventoryError::Open {
-        port: port.to_owned(),
+    let fits = opened.and_then(|nic| {
+        let (pairs, wanted) = (nic.queue_pairs(), port.queue_pairs);
+        if pairs == wanted {
+            return Ok(nic);
+        }
+        let device = nic.name();
+        Err(NicError::TooFewPairs {
+            device,
+            pairs,
+            wanted,
+        }
+        .into())
+    });
+    fits.map_err(|source| InventoryError::Open {
+        port: port.name.clone(),
         device: device.clone(),
         source: Box::new(source),
     })
 }
 
-fn open_card(map: &Arc<MemoryMap>, address: &DeviceAddress, mtu: u16) -> Result<Box<dyn Nic>, OpenError> {
+fn open_card(
+    map: &Arc<MemoryMap>,
+    address: &DeviceAddress,
+    port: &PortConfig,
+) -> Result<Box<dyn Nic>, OpenError> {
+    let setup = IgbSetup {
+        mtu: port.mtu,
+        queue_pairs: port.queue_pairs,
+        rss_key: match port.rss_key {
+            Some(config::RssKey(key)) => RssKey(key),
+            None => RssKey::random().map_err(OpenError::RssKey)?,
+        },
+    };
     let device = map.attach(address)?;
     let clock = Arc::new(SystemClock::default());
-    Ok(Box::new(Igb::open(device, mtu, clock)?))
+    Ok(Box::new(Igb::open(device, setup, clock)?))
 }
 
 /// The address as the crate that opens it has it.

@@ -41,6 +41,15 @@ impl Session {
         })
     }
 
+    /// A port of one pair is as it is to a front-end that knows nothing of several.
+    fn features_offered(&self) -> u64 {
+        if self.port.queues() > 2 {
+            feature::OFFERED | feature::MQ
+        } else {
+            feature::OFFERED
+        }
+    }
+
     fn not_offered<R>(&self, request: &'static str, what: &'static str) -> VhostResult<R> {
         self.answer(request, |_| Err(SessionError::NotOffered { what }))
     }
@@ -133,12 +142,12 @@ impl VhostUserBackendReqHandler for Session {
     }
 
     fn get_features(&self) -> VhostResult<u64> {
-        Ok(feature::OFFERED)
+        Ok(self.features_offered())
     }
 
     fn set_features(&self, features: u64) -> VhostResult<()> {
         self.answer("SET_FEATURES", |state| {
-            let extra = features & !feature::OFFERED;
+            let extra = features & !self.features_offered();
             if extra != 0 {
                 return Err(SessionError::Features {
                     asked: features,

@@ -30,6 +30,8 @@ use crate::worker::WorkerGone;
 /// Virtio feature bits we offer, and one of vhost-user (virtio 1.2 §5.1.3, §6; vhost-user, "Feature negotiation").
 mod feature {
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    /// Several queue pairs; how many are on is between guest and VMM, which tells us by SET_VRING_ENABLE.
+    pub(super) const MQ: u64 = 1 << 22;
     pub(super) const INDIRECT_DESC: u64 = 1 << 28;
     pub(super) const EVENT_IDX: u64 = 1 << 29;
     pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;

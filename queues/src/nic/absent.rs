@@ -15,11 +15,10 @@ use vfio_glue::pci::HostEvent;
 use super::{Berth, Link, Nic, NicError, Received, Ring, RxRing, Segment, Transfer, TxRing};
 use crate::lane::{Lane, LaneSetup, RxLane, TxLane};
 
-/// The place where a card can be, with one queue pair.
+/// The place where a card can be, with as many queue pairs as its port.
 #[derive(Debug)]
 pub struct Absent {
-    rx: Berth<NoRing>,
-    tx: Berth<NoRing>,
+    pairs: Vec<(Berth<NoRing>, Berth<NoRing>)>,
 }
 
 /// What [`Nic::name`] says of no card.
@@ -27,9 +26,16 @@ pub const NAME: &str = "none";
 
 impl Default for Absent {
     fn default() -> Self {
+        Self::with_pairs(1)
+    }
+}
+
+impl Absent {
+    /// No card, for a port of `pairs` queue pairs.
+    pub fn with_pairs(pairs: u16) -> Self {
+        let pair = |_| (Berth::with(NoRing), Berth::with(NoRing));
         Self {
-            rx: Berth::with(NoRing),
-            tx: Berth::with(NoRing),
+            pairs: (0..pairs).map(pair).collect(),
         }
     }
 }
@@ -47,7 +53,7 @@ impl Nic for Absent {
     }
 
     fn queue_pairs(&self) -> u16 {
-        1
+        u16::try_from(self.pairs.len()).unwrap_or(u16::MAX)
     }
 
     fn link(&mut self) -> Link {
@@ -63,15 +69,15 @@ impl Nic for Absent {
     }
 
     fn rx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
-        let ring = (pair == 0).then(|| self.rx.take()).flatten();
-        let ring = ring.ok_or_else(|| not_free(pair))?;
-        Ok(Box::new(RxLane::start(setup, ring, self.rx.clone())?))
+        let (berth, _) = self.pairs.get(usize::from(pair)).ok_or_else(|| not_free(pair))?;
+        let ring = berth.take().ok_or_else(|| not_free(pair))?;
+        Ok(Box::new(RxLane::start(setup, ring, berth.clone())?))
     }
 
     fn tx_lane(&mut self, pair: u16, setup: LaneSetup) -> Result<Box<dyn Lane>, NicError> {
-        let ring = (pair == 0).then(|| self.tx.take()).flatten();
-        let ring = ring.ok_or_else(|| not_free(pair))?;
-        Ok(Box::new(TxLane::start(setup, ring, self.tx.clone())?))
+        let (_, berth) = self.pairs.get(usize::from(pair)).ok_or_else(|| not_free(pair))?;
+        let ring = berth.take().ok_or_else(|| not_free(pair))?;
+        Ok(Box::new(TxLane::start(setup, ring, berth.clone())?))
     }
 
     fn reset(&mut self) -> Result<(), NicError> {

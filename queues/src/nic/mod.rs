@@ -58,6 +58,16 @@ pub enum NicError {
         /// The function's name.
         device: String,
     },
+    /// The card has fewer queue pairs than are wanted.
+    #[error("{device} has {pairs} queue pairs, {wanted} are wanted")]
+    TooFewPairs {
+        /// The function's name.
+        device: String,
+        /// How many it has.
+        pairs: u16,
+        /// How many are wanted.
+        wanted: u16,
+    },
     /// The queue pair does not exist or another lane has it.
     #[error("{device}: queue pair {pair} is not free")]
     NotFree {
@@ -173,10 +183,11 @@ pub trait Ring: Send + 'static {
     /// Keeps the interrupt quiet: the lane polls.
     fn disarm(&mut self);
 
-    /// What becomes readable when the interrupt is raised; `None` for a ring that needs no interrupt.
+    /// What becomes readable when the interrupt is raised; `None` for a ring that needs no interrupt. It may stay readable,
+    /// so wait for its edges.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Takes note of a wake-up and returns how many interrupts it stands for.
+    /// Takes note of a wake-up and returns how many interrupts it stands for: at least 1 where rings share one.
     fn acknowledge(&mut self) -> u64;
 
     /// How bytes move.

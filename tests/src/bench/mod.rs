@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use queues::clock::Clock;
 use queues::lane::{Lane, LaneSetup, LaneStats, MissingMemory};
-use queues::nic::Nic;
-use queues::nic::igb::Igb;
+use queues::nic::igb::{Igb, IgbSetup, RssKey};
+use queues::nic::{Nic, NicError};
 use queues::virtq::{Virtq, WakeUps};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
 use vfio_glue::iommu::DeviceAddress;
@@ -33,6 +33,12 @@ use crate::frontend::vmm::RingPlace;
 
 /// The card's own address.
 pub const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+/// The key of the card's hash: that of Microsoft's verification suite, whose hashes are published.
+pub const RSS_KEY: [u8; 40] = [
+    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0, 0xd0,
+    0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c, 0x6a, 0x42,
+    0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+];
 /// The guest's memory: rings first, arenas from [`RX_ARENA`] and [`TX_ARENA`] on.
 pub const GUEST_BASE: u64 = 0x10_0000;
 /// How much of it there is.
@@ -74,10 +80,19 @@ impl Bench {
     ///
     /// If the driver does not come up.
     pub fn new(options: Options) -> Self {
+        Self::with_pairs(options, 1)
+    }
+
+    /// The same with `pairs` queue pairs, spread over by [`RSS_KEY`].
+    ///
+    /// # Panics
+    ///
+    /// If the driver does not come up.
+    pub fn with_pairs(options: Options, pairs: u16) -> Self {
         let kernel = FakeKernel::default();
         let map = MemoryMap::new("main", kernel.iommu());
         let slot = Slot::plug(&kernel, &map, 1, options);
-        let nic = slot.open();
+        let nic = slot.open_with(pairs);
 
         let memory = GuestMemory::new(&[Plan::new(GUEST_BASE, GUEST_LEN)]).expect("guest memory");
         let regions = memory.regions().into_iter().map(|region| {
@@ -155,8 +170,17 @@ impl Bench {
     ///
     /// If the card's queue does not start.
     pub fn rx_lane(&mut self, ring: &SplitQueue, stats: &Arc<LaneStats>) -> Box<dyn Lane> {
+        self.rx_lane_of(0, ring, stats)
+    }
+
+    /// The receive lane of pair `pair` over `ring`.
+    ///
+    /// # Panics
+    ///
+    /// If the card's queue does not start.
+    pub fn rx_lane_of(&mut self, pair: u16, ring: &SplitQueue, stats: &Arc<LaneStats>) -> Box<dyn Lane> {
         let setup = self.setup(ring, stats);
-        self.nic.rx_lane(0, setup).expect("the queue starts")
+        self.nic.rx_lane(pair, setup).expect("the queue starts")
     }
 
     /// The driver's transmit lane over `ring`.
@@ -165,8 +189,17 @@ impl Bench {
     ///
     /// If the card's queue does not start.
     pub fn tx_lane(&mut self, ring: &SplitQueue, stats: &Arc<LaneStats>) -> Box<dyn Lane> {
+        self.tx_lane_of(0, ring, stats)
+    }
+
+    /// The transmit lane of pair `pair` over `ring`.
+    ///
+    /// # Panics
+    ///
+    /// If the card's queue does not start.
+    pub fn tx_lane_of(&mut self, pair: u16, ring: &SplitQueue, stats: &Arc<LaneStats>) -> Box<dyn Lane> {
         let setup = self.setup(ring, stats);
-        self.nic.tx_lane(0, setup).expect("the queue starts")
+        self.nic.tx_lane(pair, setup).expect("the queue starts")
     }
 
     /// What a lane over `ring` is made from.
@@ -289,12 +322,39 @@ impl Slot {
     ///
     /// If the driver does not come up.
     pub fn open(&self) -> Igb {
+        self.open_with(1)
+    }
+
+    /// The same with `pairs` queue pairs.
+    ///
+    /// # Panics
+    ///
+    /// If the driver does not come up.
+    pub fn open_with(&self, pairs: u16) -> Igb {
+        self.try_open_with(pairs).expect("the card comes up")
+    }
+
+    /// The same, if the driver can.
+    ///
+    /// # Errors
+    ///
+    /// The driver's.
+    ///
+    /// # Panics
+    ///
+    /// If the card does not attach.
+    pub fn try_open_with(&self, pairs: u16) -> Result<Igb, NicError> {
         let device = self.map.attach(&self.address).expect("the card attaches");
         let clock = Arc::new(CardClock {
             card: Arc::clone(&self.card),
             now: Arc::clone(&self.now),
         });
-        Igb::open(device, 1500, clock).expect("the card comes up")
+        let setup = IgbSetup {
+            mtu: 1500,
+            queue_pairs: pairs,
+            rss_key: RssKey(RSS_KEY),
+        };
+        Igb::open(device, setup, clock)
     }
 }
 

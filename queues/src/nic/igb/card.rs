@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -11,6 +11,7 @@ use vfio_glue::pci::Registers;
 
 use super::family::Family;
 use super::regs::{QUEUE_ENABLE, QueueReg, Reg};
+use super::rss::Spread;
 use crate::clock::Clock;
 use crate::nic::NicError;
 
@@ -58,6 +59,7 @@ struct Inner {
     registers: Arc<dyn Registers>,
     clock: Arc<dyn Clock>,
     bound: FrameBound,
+    spread: Spread,
     emulated: AtomicBool,
 }
 
@@ -74,6 +76,7 @@ impl Card {
         registers: Arc<dyn Registers>,
         clock: Arc<dyn Clock>,
         bound: FrameBound,
+        spread: Spread,
     ) -> Self {
         let emulated = AtomicBool::new(false);
         Self {
@@ -83,6 +86,7 @@ impl Card {
                 registers,
                 clock,
                 bound,
+                spread,
                 emulated,
             }),
         }
@@ -98,6 +102,11 @@ impl Card {
 
     pub(super) fn bound(&self) -> FrameBound {
         self.inner.bound
+    }
+
+    /// How received frames are spread over the queues.
+    pub(super) fn spread(&self) -> &Spread {
+        &self.inner.spread
     }
 
     /// Whether this is QEMU's model, which wants transmit segments cut at pages.
@@ -198,8 +207,24 @@ impl Card {
         self.write(Reg::EIMS, 1 << vector.index);
     }
 
-    pub(super) fn mask(&self, vector: &Vector) {
+    /// Has the vector raised for one more of those who share it.
+    pub(super) fn arm(&self, vector: &Vector) {
+        vector.armed.fetch_add(1, Ordering::SeqCst);
+        self.unmask(vector);
+    }
+
+    /// Undoes one [`arm`](Self::arm). The vector stays unmasked while anybody else waits for it.
+    pub(super) fn disarm(&self, vector: &Vector) {
+        if vector.armed.fetch_sub(1, Ordering::SeqCst) > 1 {
+            return;
+        }
         self.write(Reg::EIMC, 1 << vector.index);
+        // Who arms on another CPU counts first and unmasks then. If the count is not seen here, that write comes after
+        // ours; if it is, ours may have come last, and is taken back. Unmasked once too often costs a wake-up.
+        fence(Ordering::SeqCst);
+        if vector.armed.load(Ordering::SeqCst) > 0 {
+            self.unmask(vector);
+        }
     }
 }
 
@@ -208,11 +233,17 @@ fn low_half(word: u64) -> u32 {
     u32::try_from(word & 0xffff_ffff).unwrap_or(u32::MAX)
 }
 
-/// One MSI-X vector and what becomes readable when it is raised.
+/// One MSI-X vector and what becomes readable when it is raised, for one of those who wait for it.
+///
+/// A card has fewer vectors than queues. Each queue that shares one has a descriptor of its own for the one event, as one
+/// epoll takes a descriptor once; and nobody reads the event, as that would take the wake-up from the others. It stays
+/// readable then, and only its edges tell.
 #[derive(Debug)]
 pub(super) struct Vector {
     pub(super) index: u16,
     event: OwnedFd,
+    /// How many of those who share it wait to be woken.
+    armed: Arc<AtomicU32>,
 }
 
 impl Vector {
@@ -220,6 +251,16 @@ impl Vector {
         Ok(Self {
             index,
             event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            armed: Arc::default(),
+        })
+    }
+
+    /// The same vector, for one more.
+    pub(super) fn share(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            index: self.index,
+            event: self.event.try_clone()?,
+            armed: Arc::clone(&self.armed),
         })
     }
 
@@ -227,8 +268,11 @@ impl Vector {
         self.event.as_fd()
     }
 
-    /// Clears the event and returns how often it was raised.
+    /// Clears the event and returns how often it was raised: 1, whatever the truth, of one that is shared.
     pub(super) fn take(&self) -> u64 {
+        if Arc::strong_count(&self.armed) > 1 {
+            return 1;
+        }
         let mut count = [0; 8];
         // Nothing to read (EAGAIN) is a count of 0.
         rustix::io::read(&self.event, &mut count).map_or(0, |_| u64::from_ne_bytes(count))

@@ -67,7 +67,7 @@ pub(super) fn configure(card: &Card) {
         card.write(word, 0);
     }
     card.write(Reg::WUC, 0);
-    card.write(Reg::MRQC, 0);
+    card.spread().configure(card);
     card.write(Reg::RXCSUM, RXCSUM_ALL);
     card.set(Reg::RFCTL, RFCTL_IPV6_EX_DISABLE);
     card.write(Reg::RLPML, bound.on_wire);

@@ -3,12 +3,14 @@
 //! ```text
 //! init.rs   reset and bring-up      link.rs  PHY and link
 //! rx.rs     receive queue           tx.rs    transmit queue          queue.rs  what both share
-//! card.rs   what queues share       regs.rs, desc.rs  layouts, to proof-read against the book
+//! card.rs   what queues share       rss.rs   which queue a frame goes to
+//! regs.rs, desc.rs  layouts, to proof-read against the book
 //! ```
 //!
-//! Vectors: two for each queue pair (receive, transmit) and one for the link. Interrupts are masked while a lane
-//! polls and cleared by the card when sent (EIAC); moderation stays 0, because QEMU's model sends a spurious
-//! message after every interval.
+//! Vectors: the last one for the link, and of the others two for each queue pair (receive, transmit) while there are
+//! enough, else one for each pair, else one for several pairs. Interrupts are masked while no lane that uses the vector
+//! sleeps, and cleared by the card when sent (EIAC); moderation stays 0, because QEMU's model sends a spurious message
+//! after every interval.
 //!
 //! Read with: Intel 82576EB datasheet.
 
@@ -19,6 +21,7 @@ mod init;
 mod link;
 mod queue;
 mod regs;
+mod rss;
 mod rx;
 mod tx;
 
@@ -34,6 +37,8 @@ use vfio_glue::pci::{HostEvent, PciError};
 use self::card::{Card, FrameBound, Vector};
 use self::family::Family;
 use self::regs::{CAUSE_LINK, Gpie, IVAR_VALID, Reg};
+pub use self::rss::RssKey;
+use self::rss::Spread;
 use self::rx::IgbRxRing;
 use self::tx::IgbTxRing;
 use super::{Berth, Link, Nic, NicError};
@@ -43,8 +48,17 @@ use crate::lane::{Lane, LaneSetup, RxLane, TxLane};
 const INTEL: u16 = 0x8086;
 /// Descriptors of each ring. More than most guests' queues, so that tx is limited by neither.
 const RING: u32 = 512;
-/// Queue pairs used so far.
-const PAIRS: u16 = 1;
+
+/// What a card is opened for.
+#[derive(Clone, Copy, Debug)]
+pub struct IgbSetup {
+    /// Largest payload of a frame, in bytes.
+    pub mtu: u16,
+    /// How many of its queue pairs are used: 1 to 16.
+    pub queue_pairs: u16,
+    /// How received frames are spread over them.
+    pub rss_key: RssKey,
+}
 
 /// An igb card on a map, with its queues at rest until lanes take them.
 pub struct Igb {
@@ -63,6 +77,36 @@ pub struct Igb {
 struct Pair {
     rx: Berth<IgbRxRing>,
     tx: Berth<IgbTxRing>,
+    vectors: PairVectors,
+}
+
+/// The vectors of one pair's queues, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PairVectors {
+    rx: u16,
+    tx: u16,
+}
+
+/// Which vectors `pairs` queue pairs of a function with `vectors` vectors use; the link has the first after them.
+fn deal_vectors(pairs: u16, vectors: u16) -> Vec<PairVectors> {
+    let for_queues = vectors.saturating_sub(1).max(1);
+    let one_each = 2 * pairs <= for_queues;
+    let of = |pair: u16| {
+        if one_each {
+            PairVectors {
+                rx: 2 * pair,
+                tx: 2 * pair + 1,
+            }
+        } else {
+            // Both queues of a pair are the same worker's.
+            let vector = pair % for_queues;
+            PairVectors {
+                rx: vector,
+                tx: vector,
+            }
+        }
+    };
+    (0..pairs).map(of).collect()
 }
 
 impl std::fmt::Debug for Igb {
@@ -72,14 +116,15 @@ impl std::fmt::Debug for Igb {
 }
 
 impl Igb {
-    /// Takes a device for its own: resets it, brings it up for frames of `mtu` bytes of payload, starts the link.
+    /// Takes a device for its own: resets it, brings it up for what `setup` says, starts the link.
     ///
     /// Blocks for some 100 ms. No queue runs yet; the link comes later.
     ///
     /// # Errors
     ///
-    /// [`NicError`] if it is no igb card, does not answer, or rings cannot be mapped. Its DMA is off then.
-    pub fn open(device: Device, mtu: u16, clock: Arc<dyn Clock>) -> Result<Self, NicError> {
+    /// [`NicError`] if it is no igb card, has too few queue pairs, does not answer, or rings cannot be mapped. Its DMA is
+    /// off then.
+    pub fn open(device: Device, setup: IgbSetup, clock: Arc<dyn Clock>) -> Result<Self, NicError> {
         let function = Arc::clone(device.function());
         let id = identity(function.as_ref())?;
         let name = function.name().to_owned();
@@ -92,29 +137,48 @@ impl Igb {
             .filter(|_| id.vendor == INTEL)
             .and_then(Family::of)
             .ok_or_else(unknown)?;
+        if !(1..=family.queue_pairs()).contains(&setup.queue_pairs) {
+            return Err(NicError::TooFewPairs {
+                device: name,
+                pairs: family.queue_pairs(),
+                wanted: setup.queue_pairs,
+            });
+        }
         function.reset()?;
-        let card = Card::new(&name, family, function.bar(0)?, clock, FrameBound::for_mtu(mtu));
+        let spread = Spread::new(setup.rss_key, setup.queue_pairs);
+        let bound = FrameBound::for_mtu(setup.mtu);
+        let card = Card::new(&name, family, function.bar(0)?, clock, bound, spread);
         let failed = |source| NicError::Call {
             device: name.clone(),
             call: "eventfd",
             source,
         };
 
+        let dealt = deal_vectors(setup.queue_pairs, function.vectors());
+        let used = dealt.iter().map(|of| of.tx + 1).max().unwrap_or(0);
+        let mut vectors: Vec<Vector> = Vec::new();
+        for index in 0..=used {
+            let vector = Vector::new(index).map_err(failed)?;
+            function.set_vector(index, Some(vector.event()))?;
+            vectors.push(vector);
+        }
+        let vector = |index: u16| {
+            let found = vectors.get(usize::from(index)).map(Vector::share);
+            found.unwrap_or_else(|| Vector::new(index)).map_err(failed)
+        };
         let mut pairs = Vec::new();
-        for queue in 0..PAIRS.min(family.queue_pairs()) {
+        for (number, of) in (0..).zip(dealt) {
             let ring = || DescriptorRing::new(device.map(), &name, RING);
-            let rx_vector = Vector::new(2 * queue).map_err(failed)?;
-            let tx_vector = Vector::new(2 * queue + 1).map_err(failed)?;
-            function.set_vector(rx_vector.index, Some(rx_vector.event()))?;
-            function.set_vector(tx_vector.index, Some(tx_vector.event()))?;
-            let (number, rx_card, tx_card) = (u32::from(queue), card.clone(), card.clone());
+            let (rx_card, tx_card) = (card.clone(), card.clone());
             pairs.push(Pair {
-                rx: Berth::with(IgbRxRing::new(rx_card, number, ring()?, rx_vector)),
-                tx: Berth::with(IgbTxRing::new(tx_card, number, ring()?, tx_vector)),
+                rx: Berth::with(IgbRxRing::new(rx_card, number, ring()?, vector(of.rx)?)),
+                tx: Berth::with(IgbTxRing::new(tx_card, number, ring()?, vector(of.tx)?)),
+                vectors: of,
             });
         }
-        let link_vector = Vector::new(2 * PAIRS).map_err(failed)?;
-        function.set_vector(link_vector.index, Some(link_vector.event()))?;
+        let link_vector = vector(used)?;
+        // Whoever is alone with a vector may read how often it was raised.
+        drop(vectors);
         let [release, error] = [HostEvent::Release, HostEvent::Error].map(|which| {
             let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
             let event = event.map_err(|source| failed(source.into()))?;
@@ -162,8 +226,8 @@ impl Igb {
         let mode = Gpie::NON_SELECTIVE_ICR | Gpie::MSIX_MODE | Gpie::AUTO_MASK | Gpie::PBA_SUPPORT;
         card.write(Reg::GPIE, mode.bits());
         let mut all: u32 = 1 << self.link_vector.index;
-        for queue in 0..u32::try_from(self.pairs.len()).unwrap_or(0) {
-            let (rx, tx) = (2 * queue, 2 * queue + 1);
+        for (queue, pair) in (0..).zip(&self.pairs) {
+            let (rx, tx) = (u32::from(pair.vectors.rx), u32::from(pair.vectors.tx));
             all |= 1 << rx | 1 << tx;
             let (word, shift) = card.family().vector_place(queue);
             let bytes = (rx | IVAR_VALID) | (tx | IVAR_VALID) << 8;
@@ -282,5 +346,26 @@ impl Drop for Igb {
             // Closing it does the same to one that is there.
             tracing::warn!(card = self.card.name(), %error, "the card was not let go as it should");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dealt(pairs: u16, vectors: u16) -> Vec<(u16, u16)> {
+        let dealt = deal_vectors(pairs, vectors);
+        dealt.iter().map(|of| (of.rx, of.tx)).collect()
+    }
+
+    #[test]
+    fn queues_share_vectors_when_there_are_not_enough() {
+        assert_eq!(dealt(1, 10), [(0, 1)]);
+        assert_eq!(dealt(4, 10), [(0, 1), (2, 3), (4, 5), (6, 7)]);
+        assert_eq!(dealt(5, 10), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]);
+        let sixteen = dealt(16, 10);
+        assert_eq!((sixteen[8], sixteen[9], sixteen[15]), ((8, 8), (0, 0), (6, 6)));
+        // The I210 has four pairs and five vectors.
+        assert_eq!(dealt(4, 5), [(0, 0), (1, 1), (2, 2), (3, 3)]);
     }
 }

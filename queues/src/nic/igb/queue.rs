@@ -102,12 +102,18 @@ impl Queue {
         Ok(())
     }
 
+    pub(super) fn number(&self) -> u32 {
+        self.number
+    }
+
     pub(super) fn is_running(&self) -> bool {
         self.running
     }
 
     /// Stops the queue and waits until its DMA is over. It counts as running until that is certain.
     pub(super) fn stop(&mut self) -> Result<(), NicError> {
+        // Others may share the vector, and it is not to be raised for one who is gone.
+        self.disarm();
         if self.running {
             let (control, side) = (self.reg(QueueReg::CONTROL), self.side);
             self.card
@@ -140,14 +146,14 @@ impl Queue {
 
     pub(super) fn arm(&mut self) {
         if !std::mem::replace(&mut self.armed, true) {
-            self.card.unmask(&self.vector);
+            self.card.arm(&self.vector);
         }
     }
 
     #[inline]
     pub(super) fn disarm(&mut self) {
         if std::mem::take(&mut self.armed) {
-            self.card.mask(&self.vector);
+            self.card.disarm(&self.vector);
         }
     }
 
@@ -165,10 +171,6 @@ macro_rules! ring_of_a_queue {
     () => {
         fn room(&self) -> usize {
             self.queue.room()
-        }
-
-        fn flush(&mut self) {
-            self.queue.flush();
         }
 
         fn arm(&mut self) {

@@ -40,6 +40,8 @@ impl Reg {
     const UTA: u32 = 0xA000; // unicast table, 128 words §8.10.23
     const VMOLR: u32 = 0x5AD0; // per-pool offload, 8 words §8.14.17
     const IVAR: u32 = 0x1700; // vectors of queues, 8 words §8.8.13
+    const RETA: u32 = 0x5C00; // which queue each hash goes to, 32 words §8.10.24
+    const RSSRK: u32 = 0x5C80; // the key of the hash, 10 words §8.10.25
     const EITR: u32 = 0x1680; // moderation, one word a vector §8.8.15
 
     pub(super) const fn receive_address_low(index: u32) -> Self {
@@ -67,6 +69,18 @@ impl Reg {
     pub(super) const fn queue_vector(word: u32) -> Self {
         assert!(word < 8);
         Self(Self::IVAR + 4 * word)
+    }
+
+    /// Word `word` of the table of queues: entries `4 * word` to `4 * word + 3`, the first in the low byte.
+    pub(super) const fn redirection(word: u32) -> Self {
+        assert!(word < 32);
+        Self(Self::RETA + 4 * word)
+    }
+
+    /// Word `word` of the key: its first byte in the low byte of word 0.
+    pub(super) const fn rss_key(word: u32) -> Self {
+        assert!(word < 10);
+        Self(Self::RSSRK + 4 * word)
     }
 
     pub(super) const fn moderation(vector: u32) -> Self {
@@ -146,6 +160,19 @@ bitflags! {
         const ACCEPT_UNTAGGED = 1 << 24;
         const BROADCAST = 1 << 27;
         const STRIP_CRC = 1 << 31;
+    }
+
+    /// MRQC §8.10.18: the mode, and what is hashed.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct Mrqc: u32 {
+        /// Mode 2: every queue is reached by hash.
+        const BY_HASH = 2;
+        const TCP_IPV4 = 1 << 16;
+        const IPV4 = 1 << 17;
+        const IPV6 = 1 << 20;
+        const TCP_IPV6 = 1 << 21;
+        const UDP_IPV4 = 1 << 22;
+        const UDP_IPV6 = 1 << 23;
     }
 
     /// GPIE §8.8.8.

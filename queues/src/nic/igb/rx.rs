@@ -17,6 +17,8 @@ use crate::nic::{NicError, Received, Ring, RxRing, Transfer, Verdict};
 #[derive(Debug)]
 pub(super) struct IgbRxRing {
     queue: Queue,
+    /// The card spreads frames over this queue too.
+    in_spread: bool,
     /// A frame came without its end: what follows up to the end belongs to it.
     in_torn_frame: bool,
 }
@@ -26,6 +28,7 @@ impl IgbRxRing {
         let queue = Queue::new(card, Side::Rx, number, ring, vector);
         Self {
             queue,
+            in_spread: false,
             in_torn_frame: false,
         }
     }
@@ -33,6 +36,18 @@ impl IgbRxRing {
 
 impl Ring for IgbRxRing {
     ring_of_a_queue!();
+
+    fn flush(&mut self) {
+        self.queue.flush();
+        // Not before it has buffers: what comes for it would be lost.
+        if !self.in_spread && self.queue.is_running() && self.queue.told != self.queue.oldest {
+            self.in_spread = true;
+            self.queue
+                .card
+                .spread()
+                .join(&self.queue.card, self.queue.number());
+        }
+    }
 
     fn start(&mut self) -> Result<(), NicError> {
         let split = self.queue.card.bound().buffer_kib | SPLIT_ADVANCED_ONE_BUFFER | SPLIT_DROP;
@@ -48,6 +63,13 @@ impl Ring for IgbRxRing {
     }
 
     fn stop(&mut self) -> Result<(), NicError> {
+        // First, so that what comes meanwhile goes to those who stay.
+        if std::mem::take(&mut self.in_spread) {
+            self.queue
+                .card
+                .spread()
+                .leave(&self.queue.card, self.queue.number());
+        }
         self.queue.stop()
     }
 

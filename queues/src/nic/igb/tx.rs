@@ -54,6 +54,10 @@ impl IgbTxRing {
 impl Ring for IgbTxRing {
     ring_of_a_queue!();
 
+    fn flush(&mut self) {
+        self.queue.flush();
+    }
+
     fn start(&mut self) -> Result<(), NicError> {
         self.queue.start(&[])?;
         self.ends.clear();
