@@ -141,8 +141,10 @@ stats() { "$PROGRAM" stats --control "$CONTROL" "$@"; }
 #   guest0 ══veth══ guest0w ── af_packet port ── testpmd ── virtio-user port ── the back end's socket
 #
 # As with BACKEND_AS, FRONT_END_AS is a command that runs it as somebody else or somewhere else.
+# With several queue pairs: FRONT_END_PAIRS=2.
 # A second one beside it: FRONT_END_VETH=guest1, with a socket and a GUEST_MAC of its own.
 FRONT_END_VETH=guest0
+FRONT_END_PAIRS=1
 
 front_end_veth() {
 	[ -e /sys/class/net/$FRONT_END_VETH ] || ip link add $FRONT_END_VETH type veth peer name ${FRONT_END_VETH}w
@@ -153,10 +155,14 @@ front_end_veth() {
 # How testpmd is called, one word per line; further words are EAL options (its memory).
 front_end_command() {
 	printf '%s\n' dpdk-testpmd --lcores 0@0,1@1 --no-pci --file-prefix front-$FRONT_END_VETH "$@" \
-		--vdev "net_virtio_user0,path=$SOCKET,mac=$GUEST_MAC,queue_size=256,mrg_rxbuf=1,in_order=1" \
-		--vdev net_af_packet0,iface=${FRONT_END_VETH}w,framecnt=512,blocksz=4096,framesz=2048 \
-		-- --forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600
+		--vdev "net_virtio_user0,path=$SOCKET,mac=$GUEST_MAC,queue_size=256,mrg_rxbuf=1,in_order=1$(virtio_pairs)" \
+		--vdev net_af_packet0,iface=${FRONT_END_VETH}w,framecnt=512,blocksz=4096,framesz=2048,qpairs=$FRONT_END_PAIRS \
+		-- --forward-mode=io --auto-start --total-num-mbufs=$((4096 + 4096 * FRONT_END_PAIRS)) --stats-period 3600 \
+		--rxq=$FRONT_END_PAIRS --txq=$FRONT_END_PAIRS
 }
+
+# virtio-user has a control queue only where it has several pairs to turn on and off.
+virtio_pairs() { [ "$FRONT_END_PAIRS" = 1 ] || printf ',queues=%d,cq=1' "$FRONT_END_PAIRS"; }
 
 # Starts it with these EAL options. Sets FRONT_END.
 front_end_start() {

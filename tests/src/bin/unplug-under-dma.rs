@@ -143,6 +143,7 @@ impl Guest {
             len_bytes: 1000,
             dst: Mac([0x52, 0x54, 0, 0, 0, 1]),
             src: peer.mac(),
+            flow: None,
         };
         Ok(Self {
             memory,

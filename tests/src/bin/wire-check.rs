@@ -83,6 +83,9 @@ struct RunArgs {
     /// Tells runs on one wire apart: the same at both ends.
     #[arg(long)]
     tag: Option<u32>,
+    /// Make the run one flow of UDP, from this port; a frame has 90 bytes then, or more.
+    #[arg(long)]
+    flow: Option<u16>,
     /// Frames under way at once (through).
     #[arg(long, default_value_t = 64)]
     window: u64,
@@ -100,6 +103,11 @@ struct RunArgs {
 impl RunArgs {
     fn run(&self, src: Mac, tag: u32) -> Result<Run> {
         let len_bytes = Pattern::len_bytes_of(self.size).map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(
+            self.flow.is_none() || len_bytes >= Pattern::SHORTEST_OF_FLOW,
+            "a frame of a flow has at least {} bytes",
+            Pattern::SHORTEST_OF_FLOW
+        );
         let limit = match (self.count, self.seconds) {
             (Some(frames), _) => Limit::Frames(frames),
             (None, Some(seconds)) => Limit::Time(Duration::from_secs(seconds)),
@@ -111,6 +119,7 @@ impl RunArgs {
                 len_bytes,
                 dst: self.dst,
                 src,
+                flow: self.flow,
             },
             limit,
             window: self.window,

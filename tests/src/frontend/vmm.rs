@@ -21,6 +21,8 @@ use super::memory::{Announcement, GuestMemory, Region};
 pub mod feature {
     /// Mergeable receive buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
+    /// Several queue pairs.
+    pub const MQ: u64 = 1 << 22;
     /// Indirect descriptors.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// Notification by index.

@@ -176,19 +176,29 @@ pub(crate) struct Host {
 impl Host {
     /// Starts a process that serves port `a`.
     pub(crate) fn with_one_port() -> Self {
-        Self::start(&["a"])
+        Self::start(&["a"], "")
+    }
+
+    /// Starts a process that serves port `a`, with these lines more in the port's section of its file.
+    pub(crate) fn with_settings(settings: &str) -> Self {
+        Self::start(&["a"], settings)
     }
 
     /// Starts a process that serves ports `a` and `b`, by one worker and on one map.
     pub(crate) fn with_two_ports() -> Self {
-        Self::start(&["a", "b"])
+        Self::start(&["a", "b"], "")
     }
 
-    fn start(names: &[&str]) -> Self {
+    fn start(names: &[&str], settings: &str) -> Self {
         let folder = TempDir::with_prefix("product-").expect("a temporary folder");
         let control = folder.path().join("control");
         let mut file = format!("control = '{}'\n", control.display());
-        let ports: Vec<Running> = names.iter().map(|name| add_port(name, &mut file)).collect();
+        let add = |name: &&str| {
+            let port = add_port(name, &mut file);
+            file.push_str(settings);
+            port
+        };
+        let ports: Vec<Running> = names.iter().map(add).collect();
         let config = folder.path().join("config.toml");
         std::fs::write(&config, file).expect("a config file");
         let mut product = start(Command::new(binary()).arg("--config").arg(&config), folder.path());
