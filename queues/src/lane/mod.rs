@@ -188,6 +188,9 @@ trait Way: Send {
     /// One pass over a lane that is not retired.
     fn pass(&mut self) -> Result<Progress, VirtqError>;
 
+    /// Whether the card can have anything to tell.
+    fn awaits_card(&self) -> bool;
+
     /// Asks the guest for kicks and looks once more, the card's interrupt being armed; whether there is work already.
     fn last_look(&mut self) -> Result<bool, VirtqError>;
 
@@ -236,7 +239,9 @@ impl<W: Way> Lane for W {
         if self.guest().retired {
             return false;
         }
-        self.ring_mut().arm();
+        if self.awaits_card() {
+            self.ring_mut().arm();
+        }
         self.last_look().unwrap_or_else(|error| {
             self.guest_mut().retire(&error);
             false

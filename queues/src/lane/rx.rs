@@ -423,6 +423,10 @@ impl<R: RxRing> Way for RxLane<R> {
         }
     }
 
+    fn awaits_card(&self) -> bool {
+        true
+    }
+
     fn last_look(&mut self) -> Result<bool, VirtqError> {
         // Kicks matter only while the card has room for more buffers (TRAPS 44).
         let more = self.ring.room() > 0 && self.guest.virtq.ask_for_kicks()?;

@@ -143,4 +143,23 @@ mod tests {
         notification.ask_for_kicks(&memory, 0);
         assert_eq!(guest.read(USED_FLAGS, 2), [0, 0]);
     }
+
+    #[test]
+    fn by_event_index_a_device_that_polls_is_kicked_once_and_not_again() {
+        let guest = Guest::with_queue(4);
+        let (memory, mut notification) = settled(&guest, WakeUps::ByEventIdx);
+        let mut kicks = 0;
+        for sleep in 0..3u16 {
+            let first = sleep.wrapping_mul(20_000);
+            notification.ask_for_kicks(&memory, first);
+            for old in 0..20_000 {
+                let (old, new) = (first.wrapping_add(old), first.wrapping_add(old + 1));
+                let event = u16::from_le_bytes(guest.read(AVAIL_EVENT, 2).try_into().unwrap());
+                // vring_need_event, virtio 1.2 §2.7.10
+                kicks += u32::from(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+                notification.refuse_kicks(&memory);
+            }
+        }
+        assert_eq!(kicks, 3, "one for each time it had asked");
+    }
 }

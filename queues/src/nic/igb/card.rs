@@ -10,7 +10,8 @@ use vfio_glue::memory::DescriptorRing;
 use vfio_glue::pci::Registers;
 
 use super::family::Family;
-use super::regs::{QUEUE_ENABLE, QueueReg, Reg};
+use super::moderation::Pace;
+use super::regs::{EITR_COUNTER_IGNORED, EITR_INTERVAL_SHIFT, QUEUE_ENABLE, QueueReg, Reg};
 use super::rss::Spread;
 use crate::clock::Clock;
 use crate::nic::NicError;
@@ -224,6 +225,14 @@ impl Card {
         fence(Ordering::SeqCst);
         if vector.armed.load(Ordering::SeqCst) > 0 {
             self.unmask(vector);
+        }
+    }
+
+    /// Says how far apart a vector's interrupts are. An interval that runs goes on as it was. QEMU's model is not told.
+    pub(super) fn set_pace(&self, vector: u32, pace: Pace) {
+        if !self.is_emulated() {
+            let value = pace.interval_us() << EITR_INTERVAL_SHIFT | EITR_COUNTER_IGNORED;
+            self.write(Reg::moderation(vector), value);
         }
     }
 }

@@ -4,13 +4,13 @@
 //! init.rs   reset and bring-up      link.rs  PHY and link
 //! rx.rs     receive queue           tx.rs    transmit queue          queue.rs  what both share
 //! card.rs   what queues share       rss.rs   which queue a frame goes to
+//! moderation.rs  how often the card may interrupt
 //! regs.rs, desc.rs  layouts, to proof-read against the book
 //! ```
 //!
 //! Vectors: the last one for the link, and of the others two for each queue pair (receive, transmit) while there are
 //! enough, else one for each pair, else one for several pairs. Interrupts are masked while no lane that uses the vector
-//! sleeps, and cleared by the card when sent (EIAC); moderation stays 0, because QEMU's model sends a spurious message
-//! after every interval.
+//! sleeps, cleared by the card when sent (EIAC), and kept apart as `moderation.rs` says.
 //!
 //! Read with: Intel 82576EB datasheet.
 
@@ -19,6 +19,7 @@ mod desc;
 mod family;
 mod init;
 mod link;
+mod moderation;
 mod queue;
 mod regs;
 mod rss;
@@ -36,6 +37,7 @@ use vfio_glue::pci::{HostEvent, PciError};
 
 use self::card::{Card, FrameBound, Vector};
 use self::family::Family;
+use self::moderation::Pace;
 use self::regs::{CAUSE_LINK, Gpie, IVAR_VALID, Reg};
 pub use self::rss::RssKey;
 use self::rss::Spread;
@@ -239,8 +241,16 @@ impl Igb {
             (u32::from(self.link_vector.index) | IVAR_VALID) << 8,
         );
         card.write(Reg::EIAC, all);
+        // A reset leaves what was there.
         for vector in 0..=u32::from(self.link_vector.index) {
             card.write(Reg::moderation(vector), 0);
+        }
+        // Of a vector that both use, receive decides.
+        for pair in &self.pairs {
+            card.set_pace(pair.vectors.tx.into(), Pace::Bulk);
+        }
+        for pair in &self.pairs {
+            card.set_pace(pair.vectors.rx.into(), Pace::Prompt);
         }
         card.write(Reg::IMS, CAUSE_LINK);
         card.unmask(&self.link_vector);

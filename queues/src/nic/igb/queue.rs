@@ -11,6 +11,7 @@ use std::os::fd::BorrowedFd;
 use vfio_glue::memory::{Descriptor, DescriptorRing};
 
 use super::card::{Card, Vector};
+use super::moderation::Pace;
 use super::regs::{QUEUE_ENABLE, QueueReg, RX_THRESHOLDS, Reg, TX_THRESHOLDS};
 use crate::nic::NicError;
 
@@ -161,6 +162,11 @@ impl Queue {
         self.vector.event()
     }
 
+    /// The vector's interrupts come no closer than this from now on.
+    pub(super) fn set_pace(&self, pace: Pace) {
+        self.card.set_pace(self.vector.index.into(), pace);
+    }
+
     pub(super) fn acknowledge(&self) -> u64 {
         self.vector.take()
     }
@@ -183,10 +189,6 @@ macro_rules! ring_of_a_queue {
 
         fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
             Some(self.queue.wake_fd())
-        }
-
-        fn acknowledge(&mut self) -> u64 {
-            self.queue.acknowledge()
         }
 
         fn transfer(&self) -> Transfer {

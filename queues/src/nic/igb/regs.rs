@@ -211,6 +211,10 @@ pub(super) const RFCTL_IPV6_EX_DISABLE: u32 = 1 << 16;
 pub(super) const PHPM_GO_LINK_DOWN: u32 = 1 << 5;
 /// IVAR: the byte holds a vector.
 pub(super) const IVAR_VALID: u32 = 0x80;
+/// EITR: the interval in microseconds, bits 14:2 §8.8.15.
+pub(super) const EITR_INTERVAL_SHIFT: u32 = 2;
+/// EITR: the counter that runs is not written (CNT_IGNR) §8.8.15.
+pub(super) const EITR_COUNTER_IGNORED: u32 = 1 << 31;
 /// IMS, ICR: link status change §8.8.9.
 pub(super) const CAUSE_LINK: u32 = 1 << 2;
 /// RAH: the address is valid.

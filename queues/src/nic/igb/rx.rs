@@ -9,6 +9,7 @@ use vfio_glue::memory::DescriptorRing;
 
 use super::card::{Card, Vector};
 use super::desc::{self, RxReport};
+use super::moderation::{Moderation, Pace};
 use super::queue::{Queue, Side, ring_of_a_queue};
 use super::regs::{QUEUE_STRIP_CRC, QueueReg, SPLIT_ADVANCED_ONE_BUFFER, SPLIT_DROP};
 use crate::nic::{NicError, Received, Ring, RxRing, Transfer, Verdict};
@@ -17,6 +18,7 @@ use crate::nic::{NicError, Received, Ring, RxRing, Transfer, Verdict};
 #[derive(Debug)]
 pub(super) struct IgbRxRing {
     queue: Queue,
+    moderation: Moderation,
     /// The card spreads frames over this queue too.
     in_spread: bool,
     /// A frame came without its end: what follows up to the end belongs to it.
@@ -28,6 +30,7 @@ impl IgbRxRing {
         let queue = Queue::new(card, Side::Rx, number, ring, vector);
         Self {
             queue,
+            moderation: Moderation::new(),
             in_spread: false,
             in_torn_frame: false,
         }
@@ -59,6 +62,8 @@ impl Ring for IgbRxRing {
         };
         self.queue.start(registers.get(..has).unwrap_or_default())?;
         self.in_torn_frame = false;
+        self.moderation = Moderation::new();
+        self.queue.set_pace(Pace::Prompt);
         Ok(())
     }
 
@@ -75,6 +80,14 @@ impl Ring for IgbRxRing {
 
     fn clear(&mut self) {
         self.queue.oldest = self.queue.fill;
+    }
+
+    fn acknowledge(&mut self) -> u64 {
+        let count = self.queue.acknowledge();
+        if let Some(pace) = self.moderation.interrupts(count) {
+            self.queue.set_pace(pace);
+        }
+        count
     }
 }
 
@@ -100,6 +113,7 @@ impl RxRing for IgbRxRing {
             return None;
         }
         queue.oldest = queue.oldest.wrapping_add(1);
+        self.moderation.frame(report.len());
         // The bound makes a frame over two buffers impossible; if one comes all the same, no part is passed on.
         let torn = std::mem::replace(&mut self.in_torn_frame, !report.is_whole());
         let sound = report.is_whole() && !torn && !report.is_damaged() && report.len() > 0;

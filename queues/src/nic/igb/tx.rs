@@ -75,6 +75,10 @@ impl Ring for IgbTxRing {
         self.queue.oldest = self.queue.fill;
         self.ends.clear();
     }
+
+    fn acknowledge(&mut self) -> u64 {
+        self.queue.acknowledge()
+    }
 }
 
 impl TxRing for IgbTxRing {
