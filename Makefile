@@ -1,5 +1,5 @@
 # The commands of the project. What they do is in tests/rig; none of them asks a question.
-.PHONY: help build demo demo-guest test bench-map setup clean-rig
+.PHONY: help build demo demo-guest test bench-map bench-instructions setup clean-rig
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -19,6 +19,9 @@ test: ## everything: format, lints, tests, and the rig with a real vfio-pci devi
 
 bench-map: ## how long it takes to map a guest's memory, beside DPDK; GIB=1,8: how much of it
 	@tests/rig/figures $(GIB)
+
+bench-instructions: ## what a pass of each lane costs in instructions, beside the same work without checks
+	@tests/rig/instructions
 
 setup: ## install what demo and test need (as root; else says what to type)
 	@tests/rig/setup rig
