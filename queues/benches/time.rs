@@ -2,8 +2,6 @@
 //!
 //! Nothing is asserted, since the machine decides. `cargo bench --package queues --bench time` runs it.
 
-#![expect(missing_docs, reason = "the harness makes items of its own")]
-
 mod bed;
 
 use std::time::{Duration, Instant};
@@ -13,10 +11,15 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 fn passes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pass");
+    group.measurement_time(Duration::from_secs(2));
     group.throughput(Throughput::Elements(BURST.into()));
-    for (name, way) in [("tx", Way::Tx), ("rx", Way::Rx)] {
-        let mut bed = Bed::steady(way, Shape::One);
-        group.bench_function(name, |bencher| {
+    let shapes = [Shape::One, Shape::Two, Shape::IndirectOne, Shape::IndirectTwo];
+    for (way, shape) in [Way::Tx, Way::Rx]
+        .into_iter()
+        .flat_map(|way| shapes.map(|shape| (way, shape)))
+    {
+        let mut bed = Bed::steady(way, shape);
+        group.bench_function(format!("{way:?} {shape:?}"), |bencher| {
             bencher.iter_custom(|times| {
                 let mut taken = Duration::ZERO;
                 for _ in 0..times {

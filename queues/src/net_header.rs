@@ -24,5 +24,14 @@ pub fn received(header_len: u32) -> &'static [u8] {
 /// Writes the header of a received frame into `at`.
 #[inline]
 pub fn write_received(at: HostSlice<'_>) {
+    if !at.put(RECEIVED) {
+        write_legacy(at);
+    }
+}
+
+/// Out of line, else the compiler makes one copy of any length of both.
+#[cold]
+#[inline(never)]
+fn write_legacy(at: HostSlice<'_>) {
     at.copy_from(&RECEIVED);
 }

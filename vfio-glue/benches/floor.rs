@@ -10,6 +10,11 @@
 
 #![expect(missing_docs, reason = "the harness makes items of its own")]
 #![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::cast_possible_truncation,
+    reason = "a pass is one piece of raw code, for machines of 64 bits"
+)]
+#![expect(
     unsafe_code,
     reason = "the measure of what checks cost is the same work without any; no product code is here"
 )]
@@ -319,7 +324,7 @@ impl Floor {
                 }
             };
             if place != direct {
-                self.descriptor(direct, GUEST_BASE + place as u64, 16 * count | INDIRECT);
+                self.descriptor(direct, GUEST_BASE + place as u64, (16 * count) | INDIRECT);
             }
         }
     }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use queues::clock::Clock;
 use queues::lane::{Lane, LaneSetup, LaneStats, MissingMemory, Progress};
 use queues::net_header::MODERN_LEN;
-use queues::nic::igb::Igb;
+use queues::nic::igb::{Igb, IgbSetup, RssKey};
 use queues::nic::{Link, Nic};
 use queues::virtq::{Virtq, WakeUps};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -29,7 +29,7 @@ use vfio_glue::memory::{RegionSpec, VirtqMemory};
 use vfio_glue::pci::{HostEvent, PciError, PciFunction, Registers};
 
 /// Frames of one burst.
-pub const BURST: u16 = 32;
+pub(crate) const BURST: u16 = 32;
 /// Bytes of each frame, header and frame check sequence not included.
 const FRAME: u32 = 64;
 const SIZE: u16 = 256;
@@ -50,7 +50,7 @@ const INDIRECT: u16 = 4;
 
 /// How the guest builds its chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// Header and frame in one buffer.
     One,
     /// Header, frame.
@@ -63,7 +63,7 @@ pub enum Shape {
 
 /// Which way frames go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     /// Guest to wire.
     Tx,
     /// Wire to guest.
@@ -71,7 +71,7 @@ pub enum Way {
 }
 
 /// A lane in its steady state.
-pub struct Bed {
+pub(crate) struct Bed {
     lane: Box<dyn Lane>,
     way: Way,
     card: Arc<PlainCard>,
@@ -87,7 +87,7 @@ pub struct Bed {
 
 impl Bed {
     /// A lane that has passed some bursts: the next pass completes one burst and takes another.
-    pub fn steady(way: Way, shape: Shape) -> Box<Self> {
+    pub(crate) fn steady(way: Way, shape: Shape) -> Box<Self> {
         let mut bed = Self::new(way, shape);
         bed.offer();
         for _ in 0..6 {
@@ -111,7 +111,12 @@ impl Bed {
         let map = MemoryMap::new("main", Box::new(PlainIommu(Arc::clone(&card))));
         let address = DeviceAddress::VfioUser("plain".into());
         let device = map.attach(&address).expect("it attaches");
-        let mut nic = Igb::open(device, 1500, Arc::new(NoTime::default())).expect("it comes up");
+        let setup = IgbSetup {
+            mtu: 1500,
+            queue_pairs: 1,
+            rss_key: RssKey([0; 40]),
+        };
+        let mut nic = Igb::open(device, setup, Arc::new(NoTime::default())).expect("it comes up");
         assert_eq!(nic.link(), Link::Up { mbps: 1000 });
 
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd"));
@@ -169,12 +174,12 @@ impl Bed {
 
     /// What is measured: one pass of the lane.
     #[inline(always)]
-    pub fn pass(&mut self) {
+    pub(crate) fn pass(&mut self) {
         self.lane.poll();
     }
 
     /// What happens between two passes: the card is done with what it has, the guest offers a burst.
-    pub fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         self.finish();
         self.offer();
     }

@@ -9,7 +9,7 @@ use vfio_glue::memory::{Table, TableHint};
 
 use super::stats::LaneStats;
 use super::{LaneSetup, MissingMemory};
-use crate::virtq::{Chain, ChainError, Virtq, VirtqError};
+use crate::virtq::{Chain, ChainError, Direction, Short, Virtq, VirtqError};
 
 /// The guest's end of a lane.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub(super) struct GuestEnd {
     pub(super) table: Arc<Table>,
     /// Where the table had the last answer.
     pub(super) hint: TableHint,
+    /// The same for indirect tables, which lie elsewhere.
+    pub(super) indirect: TableHint,
     pub(super) header_len: u32,
     pub(super) kick: Option<File>,
     pub(super) call: Option<File>,
@@ -38,6 +40,7 @@ impl GuestEnd {
             virtq: setup.virtq,
             table: setup.table,
             hint: TableHint::default(),
+            indirect: TableHint::default(),
             header_len: setup.header_len,
             kick: setup.kick,
             call: setup.call,
@@ -98,6 +101,12 @@ impl GuestEnd {
         }
     }
 
+    /// The next chain, of those [`waiting`](Virtq::waiting), if it is of the usual kind. It is not taken yet.
+    #[inline(always)]
+    pub(super) fn short(&mut self, direction: Direction) -> Option<Short> {
+        self.virtq.short(&self.table, &mut self.indirect, direction)
+    }
+
     /// Takes the next chain, or `None` if there is none or it has to wait for memory.
     #[inline]
     pub(super) fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
@@ -133,6 +142,7 @@ impl GuestEnd {
     pub(super) fn set_table(&mut self, table: Arc<Table>) {
         self.table = table;
         self.hint = TableHint::default();
+        self.indirect = TableHint::default();
         self.waits_for_memory = false;
     }
 

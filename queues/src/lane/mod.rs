@@ -3,7 +3,7 @@
 //! ```text
 //! tx.rs   guest → wire        rx.rs   wire → guest
 //! guest.rs   the end both directions share   bounce.rs  the private slots for what the card cannot reach in place
-//! stats.rs   what is counted
+//! in_flight.rs  what is remembered of the chains between the two   stats.rs  what is counted
 //! ```
 //!
 //! A lane exists while its ring is started and enabled. Stopping it stops the card's queue first, so that when
@@ -13,6 +13,7 @@ mod bounce;
 mod guest;
 #[cfg(test)]
 mod hostile;
+mod in_flight;
 mod rx;
 mod stats;
 mod tx;

@@ -19,12 +19,13 @@ use vfio_glue::memory::{HostSlice, Table};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
+use super::in_flight::InFlight;
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
 use super::{LaneSetup, Progress, Way};
 use crate::net_header;
-use crate::nic::{Berth, NicError, Received, RxRing, Transfer, Verdict};
-use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
+use crate::nic::{Berth, NicError, RxRing, Transfer, Verdict};
+use crate::virtq::{Buffer, Chain, ChainError, Direction, Short, VirtqError};
 
 /// Frames passed on in one pass.
 const BURST: usize = 32;
@@ -39,27 +40,38 @@ pub struct RxLane<R: RxRing> {
     berth: Berth<R>,
     chain: Chain,
     /// Chains with the card, oldest first, in the order of its ring.
-    posted: VecDeque<Buffers>,
+    posted: InFlight<Posted>,
+    /// What `posted` calls odd, in the same order.
+    odd: VecDeque<Odd>,
     slots: Slots,
     /// Lists of buffers for reuse, so that odd chains cost no allocation either.
     spare_lists: Vec<Vec<Buffer>>,
 }
 
 /// A chain with the card.
-#[derive(Debug)]
-struct Buffers {
+#[derive(Clone, Copy, Debug)]
+struct Posted {
     head: u16,
+    kind: Kind,
     /// Where the card writes: in the guest's memory, or in a slot of ours.
     iova: Iova,
-    kind: Kind,
+    /// Where the header goes, for the usual kind.
+    header: GuestAddress,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// The frame lands in place; the header is here, in one piece.
-    InPlace { header: GuestAddress },
+    /// The frame lands in place, and so does the header, in one piece.
+    Usual,
+    /// `RxLane::odd` has the rest.
+    Odd,
+}
+
+/// A chain with the card that is not the usual one.
+#[derive(Debug)]
+enum Odd {
     /// The frame lands in place, but the header is spread over these buffers.
-    OddHeader { buffers: Vec<Buffer> },
+    Header { buffers: Vec<Buffer> },
     /// The frame lands in a slot of ours and is copied into these buffers.
     Bounced {
         slot: Slot,
@@ -98,7 +110,8 @@ impl<R: RxRing> RxLane<R> {
             ring,
             berth,
             chain: Chain::with_room_for(size),
-            posted: VecDeque::with_capacity(size.into()),
+            posted: InFlight::with_room_for(size, Posted::odd(0, Iova::new(0))),
+            odd: VecDeque::with_capacity(size.into()),
             spare_lists: Vec::new(),
         };
         // A wake-up of whoever had the queue before may be lost.
@@ -108,38 +121,94 @@ impl<R: RxRing> RxLane<R> {
 
     /// Posts the guest's buffers while the card has room, up to two bursts. Returns how many.
     fn refill(&mut self) -> Result<usize, VirtqError> {
-        for posted in 0..2 * BURST {
-            if self.ring.room() == 0 {
+        let most = self.ring.room().min(2 * BURST);
+        if most == 0 {
+            return Ok(0);
+        }
+        let waiting = most.min(self.guest.virtq.waiting()?.into());
+        let need = self.ring.buffer_bytes();
+        for posted in 0..waiting {
+            if !self.post_usual(need) && !self.post_odd()? {
                 return Ok(posted);
             }
-            let Some(head) = self.guest.pop(&mut self.chain)? else {
-                return Ok(posted);
-            };
-            let target = match self.aim() {
-                Ok(target) => target,
-                Err(error) => return self.guest.put_back_or_break(head, error).map(|()| posted),
-            };
-            let Some((iova, kind)) = self.prepare(target) else {
-                // No slot: the chain keeps its turn. One is coming, or `poll` finds that none ever will.
-                self.guest.virtq.untake();
-                return Ok(posted);
-            };
-            self.ring.post(iova);
-            self.posted.push_back(Buffers { head, iova, kind });
         }
-        Ok(2 * BURST)
+        Ok(waiting)
+    }
+
+    /// Posts the next chain, if it is the usual one: header and room for the frame in one buffer or in one each, all in
+    /// one piece. Says whether it did; if not, nothing has happened.
+    #[inline(always)]
+    fn post_usual(&mut self, need: u32) -> bool {
+        let Some(short) = self.guest.short(Direction::Writable) else {
+            return false;
+        };
+        let Some(iova) = self.place_in(short, need) else {
+            return false;
+        };
+        self.guest.virtq.take_short();
+        self.ring.post(iova);
+        self.posted.push(Posted {
+            head: short.head,
+            kind: Kind::Usual,
+            iova,
+            header: short.first.addr,
+        });
+        true
+    }
+
+    /// Where the card may put `need` bytes of a frame in a usual chain. All that the chain names is guest memory then.
+    #[inline(always)]
+    fn place_in(&mut self, short: Short, need: u32) -> Option<Iova> {
+        let Short { first, second, .. } = short;
+        let header_len = self.guest.header_len;
+        let (table, hint) = (&self.guest.table, &mut self.guest.hint);
+        match second {
+            None => {
+                if first.len < header_len + need {
+                    return None;
+                }
+                let piece = table.lookup_whole(hint, first.addr, first.len)?;
+                Some(piece.iova.offset(header_len.into()))
+            }
+            Some(frame) => {
+                if first.len != header_len || frame.len < need {
+                    return None;
+                }
+                table.lookup_whole(hint, first.addr, header_len)?;
+                Some(table.lookup_whole(hint, frame.addr, frame.len)?.iova)
+            }
+        }
+    }
+
+    /// Posts the next chain, whatever it is. Says whether it did: one that has to wait stays in the virtqueue.
+    #[cold]
+    fn post_odd(&mut self) -> Result<bool, VirtqError> {
+        let Some(head) = self.guest.pop(&mut self.chain)? else {
+            return Ok(false);
+        };
+        let target = match self.aim() {
+            Ok(target) => target,
+            Err(error) => return self.guest.put_back_or_break(head, error).map(|()| false),
+        };
+        let Some(posted) = self.prepare(head, target) else {
+            // No slot: the chain keeps its turn. One is coming, or `poll` finds that none ever will.
+            self.guest.virtq.untake();
+            return Ok(false);
+        };
+        self.ring.post(posted.iova);
+        self.posted.push(posted);
+        Ok(true)
     }
 
     /// Decides where the frame of the current chain may land. Every buffer that a frame may reach is checked to be guest
     /// memory, all of it; buffers behind those are never touched.
-    #[inline]
     fn aim(&mut self) -> Result<Target, ChainError> {
         if !self.chain.readable().is_empty() {
             return Err(ChainError::Direction);
         }
         let header_len = self.guest.header_len;
         let whole = header_len + self.ring.buffer_bytes();
-        // The usual chain: header and frame in one buffer, in one piece.
+        // Header and frame in one buffer, in one piece, whatever comes after.
         if let [first, ..] = self.chain.writable()
             && first.len >= whole
             && let Some(piece) = self
@@ -211,16 +280,24 @@ impl<R: RxRing> RxLane<R> {
         })
     }
 
-    #[inline]
-    fn prepare(&mut self, target: Target) -> Option<(Iova, Kind)> {
-        match target {
+    /// What is remembered of the chain at `head`; what of it is odd is noted already.
+    fn prepare(&mut self, head: u16, target: Target) -> Option<Posted> {
+        let (iova, odd) = match target {
             Target::InPlace {
                 iova,
                 header: Some(header),
-            } => Some((iova, Kind::InPlace { header })),
+            } => {
+                let kind = Kind::Usual;
+                return Some(Posted {
+                    head,
+                    kind,
+                    iova,
+                    header,
+                });
+            }
             Target::InPlace { iova, header: None } => {
                 let buffers = self.list_of_chain();
-                Some((iova, Kind::OddHeader { buffers }))
+                (iova, Odd::Header { buffers })
             }
             Target::Slot { why } => {
                 let slot = match self.slots.take(&self.guest.map) {
@@ -228,9 +305,11 @@ impl<R: RxRing> RxLane<R> {
                     Taking::NotYet | Taking::Never => return None,
                 };
                 let buffers = self.list_of_chain();
-                Some((slot.iova, Kind::Bounced { slot, buffers, why }))
+                (slot.iova, Odd::Bounced { slot, buffers, why })
             }
-        }
+        };
+        self.odd.push_back(odd);
+        Some(Posted::odd(head, iova))
     }
 
     /// The current chain's buffers, as far as a frame and its header can reach.
@@ -254,51 +333,76 @@ impl<R: RxRing> RxLane<R> {
 
     /// Passes on what the card has received, up to `most` frames. Returns how many chains were given back.
     fn deliver(&mut self, most: usize) -> usize {
-        for given in 0..most {
+        let header_len = self.guest.header_len;
+        let room = self.ring.buffer_bytes();
+        let (mut given, mut frames, mut bytes) = (0, 0, 0);
+        while given < most {
             let Some(received) = self.ring.harvest() else {
-                return given;
+                break;
             };
-            let Some(Buffers { head, kind, .. }) = self.posted.pop_front() else {
-                return given;
+            let Some(posted) = self.posted.oldest() else { break };
+            self.posted.forget_oldest();
+            // What the card reports is not believed either: more than it was given room for is no frame.
+            let good = received.verdict == Verdict::Good && received.len <= room;
+            let used = if good && posted.kind == Kind::Usual && self.write_header(posted.header, header_len) {
+                frames += 1;
+                bytes += u64::from(received.len);
+                header_len + received.len
+            } else {
+                self.finish_odd(posted.kind, received.len, good)
             };
-            let used = self.finish(kind, received);
-            self.guest.virtq.give(head, used);
+            self.guest.virtq.give(posted.head, used);
+            given += 1;
         }
-        most
+        if frames > 0 {
+            self.count_in_place(frames, bytes);
+        }
+        given
     }
 
-    /// Writes the header, copies if need be, and returns the used length: 0 for a frame that is lost.
-    #[inline]
-    fn finish(&mut self, kind: Kind, received: Received) -> u32 {
+    #[inline(always)]
+    fn write_header(&mut self, header: GuestAddress, header_len: u32) -> bool {
+        // In one piece when it was posted; a table that no longer has it in one piece took the buffer back first.
+        let piece = self
+            .guest
+            .table
+            .lookup_whole(&mut self.guest.hint, header, header_len);
+        let Some(piece) = piece else { return false };
+        net_header::write_received(piece.host);
+        true
+    }
+
+    /// Ends the oldest chain, a frame of `len` bytes in it, where it was not as simple as that. Returns the used length: 0
+    /// for a frame that is lost.
+    #[cold]
+    fn finish_odd(&mut self, kind: Kind, len: u32, good: bool) -> u32 {
         let header_len = self.guest.header_len;
-        // What the card reports is not believed either: more than it was given room for is no frame.
-        let fits = received.len <= self.ring.buffer_bytes();
-        let good = received.verdict == Verdict::Good && fits;
         if !good {
             self.guest.stats.drop_frame(Drop::Damaged);
         }
-        let used = if good { header_len + received.len } else { 0 };
-        match kind {
-            Kind::InPlace { header } => {
-                if good && !self.write_header(header) {
-                    return 0;
-                }
+        let odd = match kind {
+            Kind::Usual => None,
+            Kind::Odd => self.odd.pop_front(),
+        };
+        match odd {
+            // There was no place for its header.
+            None => {
                 if good {
-                    self.count_in_place(received.len);
+                    self.guest.stats.drop_frame(Drop::NoRoom);
                 }
-                used
+                0
             }
-            Kind::OddHeader { buffers } => {
+            Some(Odd::Header { buffers }) => {
                 if good {
                     self.scatter(&buffers, 0, net_header::received(header_len));
-                    self.count_in_place(received.len);
+                    self.count_in_place(1, u64::from(len));
                 }
                 self.spare_lists.push(buffers);
-                used
+                if good { header_len + len } else { 0 }
             }
-            Kind::Bounced { slot, buffers, why } => {
+            Some(Odd::Bounced { slot, buffers, why }) => {
                 let used = if good {
-                    self.copy_out(&slot, &buffers, received.len, why)
+                    self.copy_out(&slot, &buffers, len, why)
                 } else {
                     0
                 };
@@ -309,29 +413,19 @@ impl<R: RxRing> RxLane<R> {
         }
     }
 
-    #[inline]
-    fn write_header(&mut self, header: GuestAddress) -> bool {
-        let header_len = self.guest.header_len;
-        // In one piece when it was posted; a table that no longer has it in one piece took the buffer back first.
-        match self.guest.table.lookup(&mut self.guest.hint, header, header_len) {
-            Some(piece) if piece.len() == header_len as usize => {
-                net_header::write_received(piece.host);
-                true
-            }
-            _ => {
-                self.guest.stats.drop_frame(Drop::NoRoom);
-                false
-            }
-        }
+    /// The odd chains with the card, and where it writes for each.
+    fn odd_chains(&self) -> impl Iterator<Item = (Iova, &Odd)> {
+        let odd = self.posted.iter().filter(|posted| posted.kind == Kind::Odd);
+        odd.map(|posted| posted.iova).zip(&self.odd)
     }
 
-    #[inline]
-    fn count_in_place(&self, len: u32) {
+    /// Counts frames that landed where the guest has them.
+    fn count_in_place(&self, frames: u64, bytes: u64) {
         let stats = &self.guest.stats;
-        stats.moved(len);
+        stats.moved_many(frames, bytes);
         match self.ring.transfer() {
-            Transfer::Dma => stats.zero_copy_frames.add(1),
-            Transfer::Copy => stats.bounce(Bounce::CopyDevice, len),
+            Transfer::Dma => stats.zero_copy_frames.add(frames),
+            Transfer::Copy => stats.bounce_many(Bounce::CopyDevice, frames, bytes),
         }
     }
 
@@ -381,6 +475,18 @@ impl<R: RxRing> RxLane<R> {
                 at = at.wrapping_add(u64::from(copied));
                 rest -= copied;
             }
+        }
+    }
+}
+
+impl Posted {
+    /// One that `RxLane::odd` has the rest of.
+    fn odd(head: u16, iova: Iova) -> Self {
+        Self {
+            head,
+            kind: Kind::Odd,
+            iova,
+            header: GuestAddress(0),
         }
     }
 }
@@ -445,19 +551,25 @@ impl<R: RxRing> Way for RxLane<R> {
         let all_kept = |buffers: &[Buffer]| {
             buffers.len() <= MOST_PIECES && buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len))
         };
-        self.posted.iter().all(|posted| match &posted.kind {
-            Kind::InPlace { header } => !leaving.has(posted.iova) && keeps(*header, self.guest.header_len),
-            Kind::OddHeader { buffers } => !leaving.has(posted.iova) && all_kept(buffers),
-            Kind::Bounced { buffers, .. } => all_kept(buffers),
-        })
+        let usual_kept = self.posted.iter().all(|posted| match posted.kind {
+            Kind::Usual => !leaving.has(posted.iova) && keeps(posted.header, self.guest.header_len),
+            Kind::Odd => true,
+        });
+        usual_kept
+            && self.odd_chains().all(|(iova, odd)| match odd {
+                Odd::Header { buffers } => !leaving.has(iova) && all_kept(buffers),
+                Odd::Bounced { buffers, .. } => all_kept(buffers),
+            })
     }
 
     fn held(&self) -> Vec<Iova> {
-        let in_place = |posted: &&Buffers| !matches!(posted.kind, Kind::Bounced { .. });
-        self.posted
-            .iter()
-            .filter(in_place)
+        let usual = self.posted.iter().filter(|posted| posted.kind == Kind::Usual);
+        let odd = self
+            .odd_chains()
+            .filter(|(_, odd)| matches!(odd, Odd::Header { .. }));
+        usual
             .map(|posted| posted.iova)
+            .chain(odd.map(|(iova, _)| iova))
             .collect()
     }
 
@@ -488,6 +600,7 @@ mod tests {
 
     use super::*;
     use crate::lane::{Adoption, Lane, MissingMemory};
+    use crate::nic::Received;
     use crate::testing::{BASE, BUFFERS, FakeRing, Guest, SECOND, WRITE, Wire, receive};
 
     const BUFFER: u64 = BASE + BUFFERS;

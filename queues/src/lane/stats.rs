@@ -116,10 +116,24 @@ impl LaneStats {
         self.bytes.add(u64::from(bytes));
     }
 
+    /// As [`moved`](Self::moved), for many.
+    #[inline]
+    pub(super) fn moved_many(&self, frames: u64, bytes: u64) {
+        self.frames.add(frames);
+        self.bytes.add(bytes);
+    }
+
     #[inline]
     pub(super) fn bounce(&self, why: Bounce, bytes: u32) {
         self.bounced[why as usize].add(1);
         self.copied_bytes.add(u64::from(bytes));
+    }
+
+    /// As [`bounce`](Self::bounce), for many.
+    #[inline]
+    pub(super) fn bounce_many(&self, why: Bounce, frames: u64, bytes: u64) {
+        self.bounced[why as usize].add(frames);
+        self.copied_bytes.add(bytes);
     }
 
     pub(super) fn drop_frame(&self, why: Drop) {

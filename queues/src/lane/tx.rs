@@ -18,10 +18,11 @@ use vfio_glue::memory::{HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
+use super::in_flight::InFlight;
 use super::stats::{Bounce, Drop};
 use super::{LaneSetup, Progress, Way};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
-use crate::virtq::{Buffer, Chain, ChainError, VirtqError};
+use crate::virtq::{Buffer, Chain, ChainError, Direction, Short, VirtqError};
 
 /// Frames taken in one pass.
 const BURST: usize = 32;
@@ -41,8 +42,10 @@ pub struct TxLane<R: TxRing> {
     berth: Berth<R>,
     chain: Chain,
     segments: Vec<Segment>,
-    taken: VecDeque<Taken>,
-    /// Where the segments are that the card has in the guest's memory, in the order of `taken`.
+    taken: InFlight<Taken>,
+    /// What `taken` calls odd, in the same order.
+    odd: VecDeque<Odd>,
+    /// Where the segments of odd frames are that the card has in the guest's memory, in the same order.
     held: VecDeque<Iova>,
     slots: Slots,
     max_frame: u32,
@@ -50,14 +53,27 @@ pub struct TxLane<R: TxRing> {
 }
 
 /// A chain taken and not given back.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Taken {
     head: u16,
-    state: State,
+    kind: Kind,
+    /// Of the frame, in bytes.
+    len: u32,
+    /// Where it is.
+    iova: Iova,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// With the card, in the guest's memory, in one segment.
+    Usual,
+    /// `TxLane::odd` has the rest.
+    Odd,
+}
+
+/// A chain that is not the usual one.
 #[derive(Debug)]
-enum State {
+enum Odd {
     /// With the card, in the guest's memory, in so many segments.
     InPlace { len: u32, segments: usize },
     /// With the card, in a slot of ours.
@@ -99,7 +115,8 @@ impl<R: TxRing> TxLane<R> {
             berth,
             chain: Chain::with_room_for(size),
             segments: Vec::with_capacity(R::MAX_SEGMENTS),
-            taken: VecDeque::with_capacity(size.into()),
+            taken: InFlight::with_room_for(size, Taken::odd(0)),
+            odd: VecDeque::with_capacity(size.into()),
             held: VecDeque::with_capacity(size.into()),
         };
         // A wake-up of whoever had the queue before may be lost.
@@ -110,89 +127,174 @@ impl<R: TxRing> TxLane<R> {
     /// Gives back what the card is done with. Returns how many chains.
     fn complete(&mut self) -> usize {
         let mut done = self.ring.reap();
-        let mut given = 0;
-        while let Some(oldest) = self.taken.front() {
-            match &oldest.state {
-                State::Lost(_) => {}
-                _ if done == 0 => break,
-                _ => done -= 1,
+        let (mut given, mut frames, mut bytes) = (0, 0, 0);
+        while let Some(oldest) = self.taken.oldest() {
+            match oldest.kind {
+                Kind::Usual if done > 0 => {
+                    done -= 1;
+                    frames += 1;
+                    bytes += u64::from(oldest.len);
+                }
+                Kind::Odd if self.complete_odd(&mut done) => {}
+                Kind::Usual | Kind::Odd => break,
             }
-            let Some(oldest) = self.taken.pop_front() else {
-                break;
-            };
-            self.count(&oldest.state);
+            self.taken.forget_oldest();
             self.guest.virtq.give(oldest.head, 0);
             given += 1;
+        }
+        if frames > 0 {
+            self.count_in_place(frames, bytes);
         }
         given
     }
 
-    /// Counts a frame that has come to its end, and takes its slot back.
-    #[inline]
-    fn count(&mut self, state: &State) {
-        let stats = &self.guest.stats;
-        match state {
-            State::InPlace { len, segments } => {
+    /// Ends the oldest odd chain, if it is lost or one of the frames that are `done`. Says whether it did.
+    #[cold]
+    fn complete_odd(&mut self, done: &mut usize) -> bool {
+        let lost = matches!(self.odd.front(), Some(Odd::Lost(_)));
+        if !lost && *done == 0 {
+            return false;
+        }
+        let Some(odd) = self.odd.pop_front() else {
+            return false;
+        };
+        *done -= usize::from(!lost);
+        self.count_odd(&odd);
+        true
+    }
+
+    /// Counts an odd frame that has come to its end, and takes its slot back.
+    fn count_odd(&mut self, odd: &Odd) {
+        match odd {
+            Odd::InPlace { len, segments } => {
                 self.held.drain(..(*segments).min(self.held.len()));
-                stats.moved(*len);
-                match self.ring.transfer() {
-                    Transfer::Dma => stats.zero_copy_frames.add(1),
-                    Transfer::Copy => stats.bounce(Bounce::CopyDevice, *len),
-                }
+                self.count_in_place(1, u64::from(*len));
             }
-            State::InSlot { slot, len, why } => {
-                stats.moved(*len);
-                stats.bounce(*why, *len);
+            Odd::InSlot { slot, len, why } => {
+                self.guest.stats.moved(*len);
+                self.guest.stats.bounce(*why, *len);
                 self.slots.put_back(slot);
             }
-            State::Lost(why) => stats.drop_frame(*why),
+            Odd::Lost(why) => self.guest.stats.drop_frame(*why),
+        }
+    }
+
+    /// Counts frames that were sent from where the guest has them.
+    fn count_in_place(&self, frames: u64, bytes: u64) {
+        let stats = &self.guest.stats;
+        stats.moved_many(frames, bytes);
+        match self.ring.transfer() {
+            Transfer::Dma => stats.zero_copy_frames.add(frames),
+            Transfer::Copy => stats.bounce_many(Bounce::CopyDevice, frames, bytes),
         }
     }
 
     /// Takes up to a burst of chains and posts them. Returns how many.
     fn take(&mut self) -> Result<usize, VirtqError> {
-        for taken in 0..BURST {
+        let waiting = BURST.min(self.guest.virtq.waiting()?.into());
+        let need = self.room_for_a_frame();
+        for taken in 0..waiting {
             // Reserved before it is taken: a chain we pop always has somewhere to go.
-            if !self.has_room() {
+            if self.ring.room() < need {
                 return Ok(taken);
             }
-            let Some(head) = self.guest.pop(&mut self.chain)? else {
+            if self.take_usual() {
+                continue;
+            }
+            if !self.take_odd()? {
                 return Ok(taken);
-            };
-            let frame = match self.translate() {
-                Ok(frame) => frame,
-                Err(error) => return self.guest.put_back_or_break(head, error).map(|()| taken),
-            };
-            let state = match frame {
-                Frame::Lost(why) => State::Lost(why),
-                Frame::InPlace { len } => {
-                    self.ring.post(&self.segments);
-                    self.held.extend(self.segments.iter().map(|segment| segment.iova));
-                    let segments = self.segments.len();
-                    State::InPlace { len, segments }
-                }
-                Frame::Copy { len, why } => match self.post_copy(len, why) {
-                    Some(state) => state,
-                    None => {
-                        self.guest.virtq.untake();
-                        return Ok(taken);
-                    }
-                },
-            };
-            self.taken.push_back(Taken { head, state });
+            }
         }
-        Ok(BURST)
+        Ok(waiting)
     }
 
-    #[inline]
-    fn has_room(&self) -> bool {
-        self.ring.room() >= self.ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame)
+    /// Takes the next chain, if it is the usual one: a header and a frame in one buffer or in one each, a frame that the
+    /// card can send as it is. Says whether it did; if not, nothing has happened.
+    #[inline(always)]
+    fn take_usual(&mut self) -> bool {
+        let Some(short) = self.guest.short(Direction::Readable) else {
+            return false;
+        };
+        let Some(segment) = self.segment_of(short) else {
+            return false;
+        };
+        self.guest.virtq.take_short();
+        self.ring.post_one(segment);
+        self.taken.push(Taken {
+            head: short.head,
+            kind: Kind::Usual,
+            len: segment.len,
+            iova: segment.iova,
+        });
+        true
+    }
+
+    /// Where the frame of a usual chain is. All that the chain names is guest memory then.
+    #[inline(always)]
+    fn segment_of(&mut self, short: Short) -> Option<Segment> {
+        let Short { first, second, .. } = short;
+        let header_len = self.guest.header_len;
+        let (table, hint) = (&self.guest.table, &mut self.guest.hint);
+        let segment = match second {
+            None => {
+                let len = first.len.checked_sub(header_len)?;
+                let iova = table.lookup_whole(hint, first.addr, first.len)?.iova;
+                let iova = iova.offset(header_len.into());
+                Segment { iova, len }
+            }
+            Some(frame) => {
+                if first.len != header_len {
+                    return None;
+                }
+                // Header bytes are not sent, but they must be guest memory.
+                table.lookup_whole(hint, first.addr, header_len)?;
+                let (iova, len) = (table.lookup_whole(hint, frame.addr, frame.len)?.iova, frame.len);
+                Segment { iova, len }
+            }
+        };
+        let fits = segment.len >= PADDED && segment.len <= self.max_frame && self.link_up;
+        fits.then_some(segment)
+    }
+
+    /// Takes the next chain, whatever it is. Says whether it did: one that has to wait stays in the virtqueue.
+    #[cold]
+    fn take_odd(&mut self) -> Result<bool, VirtqError> {
+        let Some(head) = self.guest.pop(&mut self.chain)? else {
+            return Ok(false);
+        };
+        let frame = match self.translate() {
+            Ok(frame) => frame,
+            Err(error) => return self.guest.put_back_or_break(head, error).map(|()| false),
+        };
+        let odd = match frame {
+            Frame::Lost(why) => Odd::Lost(why),
+            Frame::InPlace { len } => {
+                self.ring.post(&self.segments);
+                self.held.extend(self.segments.iter().map(|segment| segment.iova));
+                let segments = self.segments.len();
+                Odd::InPlace { len, segments }
+            }
+            Frame::Copy { len, why } => match self.post_copy(len, why) {
+                Some(odd) => odd,
+                None => {
+                    self.guest.virtq.untake();
+                    return Ok(false);
+                }
+            },
+        };
+        self.odd.push_back(odd);
+        self.taken.push(Taken::odd(head));
+        Ok(true)
+    }
+
+    /// The descriptors that the largest frame in the most pieces needs.
+    fn room_for_a_frame(&self) -> usize {
+        self.ring.descriptors_for(R::MAX_SEGMENTS, self.max_frame)
     }
 
     /// Turns the chain into segments, all of them checked to be guest memory.
     ///
     /// The work is bounded by the bytes of the longest frame: the buffer that goes beyond is the last one looked at.
-    #[inline]
     fn translate(&mut self) -> Result<Frame, ChainError> {
         self.segments.clear();
         if !self.chain.writable().is_empty() {
@@ -257,14 +359,14 @@ impl<R: TxRing> TxLane<R> {
     /// Copies a frame into a slot of ours and posts that. `None` if it has to wait for a slot; a frame for which no
     /// slot can be had is lost.
     #[cold]
-    fn post_copy(&mut self, len: u32, why: Bounce) -> Option<State> {
+    fn post_copy(&mut self, len: u32, why: Bounce) -> Option<Odd> {
         if len > SLOT_BYTES {
-            return Some(State::Lost(Drop::Oversize));
+            return Some(Odd::Lost(Drop::Oversize));
         }
         let slot = match self.slots.take(&self.guest.map) {
             Taking::Slot(slot) => slot,
             Taking::NotYet => return None,
-            Taking::Never => return Some(State::Lost(Drop::NoRoom)),
+            Taking::Never => return Some(Odd::Lost(Drop::NoRoom)),
         };
         let sent = len.max(PADDED_TO.min(self.max_frame));
         if let Some(bytes) = self.slots.bytes(&slot) {
@@ -275,7 +377,7 @@ impl<R: TxRing> TxLane<R> {
         }
         let iova = slot.iova;
         self.ring.post(&[Segment { iova, len: sent }]);
-        Some(State::InSlot { slot, len, why })
+        Some(Odd::InSlot { slot, len, why })
     }
 
     /// Copies the frame of the current chain into `into` and returns how many bytes.
@@ -302,19 +404,44 @@ impl<R: TxRing> TxLane<R> {
         copied
     }
 
+    /// Where in the guest's memory the card has something to read.
+    fn places(&self) -> impl Iterator<Item = Iova> {
+        let usual = self.taken.iter().filter(|taken| taken.kind == Kind::Usual);
+        usual.map(|taken| taken.iova).chain(self.held.iter().copied())
+    }
+
     /// Gives everything that is still taken back as lost. The card holds none of it any more.
     fn discard(&mut self, why: Drop) {
         self.held.clear();
-        while let Some(oldest) = self.taken.pop_front() {
-            if let State::InSlot { slot, .. } = &oldest.state {
-                self.slots.put_back(slot);
-            }
-            let lost = match oldest.state {
-                State::Lost(earlier) => earlier,
-                _ => why,
+        while let Some(oldest) = self.taken.oldest() {
+            self.taken.forget_oldest();
+            let odd = match oldest.kind {
+                Kind::Usual => None,
+                Kind::Odd => self.odd.pop_front(),
             };
-            self.count(&State::Lost(lost));
+            let lost = match odd {
+                Some(Odd::Lost(earlier)) => earlier,
+                Some(Odd::InSlot { slot, .. }) => {
+                    self.slots.put_back(&slot);
+                    why
+                }
+                Some(Odd::InPlace { .. }) | None => why,
+            };
+            self.guest.stats.drop_frame(lost);
             self.guest.virtq.give(oldest.head, 0);
+        }
+    }
+}
+
+impl Taken {
+    /// One that `TxLane::odd` has the rest of.
+    fn odd(head: u16) -> Self {
+        let iova = Iova::new(0);
+        Self {
+            head,
+            kind: Kind::Odd,
+            len: 0,
+            iova,
         }
     }
 }
@@ -388,17 +515,17 @@ impl<R: TxRing> Way for TxLane<R> {
         }
         // With a full ring only the card's interrupt helps, and memory that is awaited comes with a command: what
         // waits in the virtqueue for either must not keep us awake.
-        let can_take = more && self.has_room() && !self.guest.waits_for_memory;
+        let can_take = more && self.ring.room() >= self.room_for_a_frame() && !self.guest.waits_for_memory;
         Ok(given > 0 || self.slots.is_awaited() || can_take)
     }
 
     fn is_kept_by(&self, _next: &Table, leaving: &Leaving) -> bool {
         // What was copied is ours, and nothing is written when the card is done.
-        leaving.is_empty() || !self.held.iter().any(|iova| leaving.has(*iova))
+        leaving.is_empty() || !self.places().any(|iova| leaving.has(iova))
     }
 
     fn held(&self) -> Vec<Iova> {
-        self.held.iter().copied().collect()
+        self.places().collect()
     }
 
     fn follow_link(&mut self, up: bool) -> Result<(), NicError> {

@@ -207,6 +207,12 @@ pub trait TxRing: Ring {
     /// The caller has checked `room` and passes 1 to `MAX_SEGMENTS` segments of 17 bytes or more in all.
     fn post(&mut self, segments: &[Segment]);
 
+    /// As [`post`](Self::post), for the usual frame of one segment.
+    #[inline]
+    fn post_one(&mut self, segment: Segment) {
+        self.post(&[segment]);
+    }
+
     /// How many more frames, oldest first, the card is done with since the last call.
     fn reap(&mut self) -> usize;
 }

@@ -80,6 +80,83 @@ pub struct Buffer {
     pub len: u32,
 }
 
+/// Who may do what with a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The device reads: guest transmit.
+    Readable,
+    /// The device writes: guest receive.
+    Writable,
+}
+
+/// The usual chain, small enough for registers: one buffer or two of one direction, direct or by an indirect table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Short {
+    /// Its head.
+    pub head: u16,
+    /// Its first buffer.
+    pub first: Buffer,
+    /// Its second one, if it has two.
+    pub second: Option<Buffer>,
+}
+
+impl Short {
+    /// Reads the chain at `head`, which is below the queue's size, if it is one of these. Each descriptor is read once.
+    #[inline(always)]
+    pub(super) fn read(
+        memory: &VirtqMemory,
+        table: &Table,
+        hint: &mut TableHint,
+        head: u16,
+        direction: Direction,
+    ) -> Option<Self> {
+        let flags = match direction {
+            Direction::Readable => 0,
+            Direction::Writable => WRITE,
+        };
+        let mut descriptor = memory.descriptor(head);
+        let second = if descriptor.flags == flags {
+            None
+        } else if descriptor.flags == flags | NEXT && descriptor.next < memory.size() {
+            Some(memory.descriptor(descriptor.next))
+        } else if descriptor.flags == INDIRECT {
+            let len = descriptor.len;
+            let entries = table.lookup_whole(hint, GuestAddress(descriptor.addr), len)?.host;
+            descriptor = read_indirect(entries, 0)?;
+            if descriptor.flags == flags && len == DESCRIPTOR_BYTES {
+                None
+            } else if descriptor.flags == flags | NEXT && descriptor.next == 1 && len == 2 * DESCRIPTOR_BYTES
+            {
+                Some(read_indirect(entries, 1)?)
+            } else {
+                return None;
+            }
+        } else {
+            return None;
+        };
+        let buffer = |descriptor: RawDescriptor| Buffer {
+            addr: GuestAddress(descriptor.addr),
+            len: descriptor.len,
+        };
+        // Empty buffers, and a queue of one entry with two buffers, are for `Chain` to judge.
+        if descriptor.len == 0 {
+            return None;
+        }
+        let second = match second {
+            None => None,
+            Some(second) if second.flags == flags && second.len != 0 && memory.size() > 1 => {
+                Some(buffer(second))
+            }
+            Some(_) => return None,
+        };
+        Some(Self {
+            head,
+            first: buffer(descriptor),
+            second,
+        })
+    }
+}
+
 /// The buffers of one chain in order. Reused from chain to chain, so reading one allocates nothing.
 #[derive(Debug, Default)]
 pub struct Chain {
@@ -304,6 +381,96 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_chain_of_one_or_two_buffers_of_one_direction_is_short_and_no_other_is() {
+        type Build = fn(&Guest);
+        let cases: [(&str, Direction, Build, Option<&[u32]>); 9] = [
+            (
+                "one",
+                Direction::Readable,
+                |g| g.descriptor(0, BUFFER, 10, 0, 0),
+                Some(&[10]),
+            ),
+            (
+                "one to write",
+                Direction::Writable,
+                |g| g.descriptor(0, BUFFER, 10, W, 0),
+                Some(&[10]),
+            ),
+            (
+                "the other direction",
+                Direction::Readable,
+                |g| g.descriptor(0, BUFFER, 10, W, 0),
+                None,
+            ),
+            (
+                "empty",
+                Direction::Readable,
+                |g| g.descriptor(0, BUFFER, 0, 0, 0),
+                None,
+            ),
+            (
+                "two",
+                Direction::Readable,
+                |g| {
+                    g.descriptor(0, BUFFER, 10, N, 3);
+                    g.descriptor(3, BUFFER, 20, 0, 0);
+                },
+                Some(&[10, 20]),
+            ),
+            (
+                "three",
+                Direction::Readable,
+                |g| {
+                    g.descriptor(0, BUFFER, 10, N, 3);
+                    g.descriptor(3, BUFFER, 20, N, 1);
+                },
+                None,
+            ),
+            (
+                "a link outside",
+                Direction::Readable,
+                |g| g.descriptor(0, BUFFER, 10, N, 4),
+                None,
+            ),
+            (
+                "two by a table",
+                Direction::Writable,
+                |g| {
+                    g.descriptor(0, TABLE, 32, IND, 0);
+                    g.descriptor_at(TABLE, 0, BUFFER, 10, N | W, 1);
+                    g.descriptor_at(TABLE, 1, BUFFER, 20, W, 0);
+                },
+                Some(&[10, 20]),
+            ),
+            (
+                "a table that links to itself",
+                Direction::Writable,
+                |g| {
+                    g.descriptor(0, TABLE, 32, IND, 0);
+                    g.descriptor_at(TABLE, 0, BUFFER, 10, N | W, 0);
+                },
+                None,
+            ),
+        ];
+        for (what, direction, build, expected) in cases {
+            let guest = Guest::with_queue(4);
+            build(&guest);
+            let short = Short::read(
+                &guest.memory(),
+                &guest.table,
+                &mut TableHint::default(),
+                0,
+                direction,
+            );
+            let found = short.map(|short| {
+                let buffers = [Some(short.first), short.second].into_iter().flatten();
+                buffers.map(|buffer| buffer.len).collect::<Vec<u32>>()
+            });
+            assert_eq!(found.as_deref(), expected, "{what}");
+        }
+    }
+
     /// The oracle: `virtio-queue` reads the same descriptors.
     fn oracle(guest: &Guest, head: u16) -> (Vec<u32>, Vec<u32>) {
         let base = vm_memory::GuestAddress(0);
@@ -353,6 +520,19 @@ mod tests {
                 guest.descriptor_at(TABLE, index, BUFFER, *len, *flags, *next);
             }
             guest.offer(head);
+            for direction in [Direction::Readable, Direction::Writable] {
+                let mut hint = TableHint::default();
+                let short = Short::read(&guest.memory(), &guest.table, &mut hint, head, direction);
+                if let Some(short) = short {
+                    let buffers: Vec<Buffer> = [Some(short.first), short.second].into_iter().flatten().collect();
+                    let chain = read(&guest, head).expect("what is short is a chain");
+                    let (same, other) = match direction {
+                        Direction::Readable => (chain.readable(), chain.writable()),
+                        Direction::Writable => (chain.writable(), chain.readable()),
+                    };
+                    prop_assert_eq!((short.head, buffers.as_slice(), 0), (head, same, other.len()));
+                }
+            }
             if let Ok(chain) = read(&guest, head) {
                 prop_assert_eq!(oracle(&guest, head), (lens(chain.readable()), lens(chain.writable())));
             }

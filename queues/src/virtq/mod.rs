@@ -13,10 +13,10 @@
 mod chain;
 mod notify;
 
-pub use chain::{Buffer, Chain, ChainError};
+pub use chain::{Buffer, Chain, ChainError, Direction, Short};
 use notify::Notification;
 pub use notify::WakeUps;
-use vfio_glue::memory::{UsedElement, VirtqMemory};
+use vfio_glue::memory::{Table, TableHint, UsedElement, VirtqMemory};
 
 /// How a guest broke its ring. The ring is retired; others go on.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,17 +116,45 @@ impl Virtq {
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
+    /// How many chains there are to take, without looking again: the driver's index is read once for all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`VirtqError::AvailIndex`].
+    #[inline]
+    pub fn waiting(&mut self) -> Result<u16, VirtqError> {
+        self.look()?;
+        Ok(self.seen_avail.wrapping_sub(self.next_avail))
+    }
+
+    /// The next chain, if it is a [`Short`] one with buffers of this `direction`. There is one: [`waiting`](Self::waiting)
+    /// counted it. It is not taken before [`take_short`](Self::take_short).
+    ///
+    /// `None` says that the chain is of another kind or broken; [`pop`](Self::pop) tells. Nothing that was read here is
+    /// believed then. `hint` is for indirect tables.
+    #[inline(always)]
+    pub fn short(&self, table: &Table, hint: &mut TableHint, direction: Direction) -> Option<Short> {
+        let head = self.memory.avail_entry(self.next_avail);
+        if head >= self.memory.size() {
+            return None;
+        }
+        Short::read(&self.memory, table, hint, head, direction)
+    }
+
+    /// Takes the chain that [`short`](Self::short) returned.
+    #[inline(always)]
+    pub fn take_short(&mut self) {
+        debug_assert!(self.next_avail != self.seen_avail, "nothing is there to take");
+        self.next_avail = self.next_avail.wrapping_add(1);
+    }
+
     /// Takes the next chain and fills `chain` with it, or returns `None` if the driver has offered nothing more.
     ///
     /// # Errors
     ///
     /// [`VirtqError`] if the driver broke the format. Nothing is consumed then.
     #[inline]
-    pub fn pop(
-        &mut self,
-        table: &vfio_glue::memory::Table,
-        chain: &mut Chain,
-    ) -> Result<Option<u16>, VirtqError> {
+    pub fn pop(&mut self, table: &Table, chain: &mut Chain) -> Result<Option<u16>, VirtqError> {
         if self.next_avail == self.seen_avail && !self.look()? {
             return Ok(None);
         }

@@ -368,7 +368,7 @@ impl HostRange {
     }
 
     /// `len` bytes from `offset` on, borrowed, or `None` if they are not all in this range.
-    #[inline]
+    #[inline(always)]
     pub fn slice(&self, offset: usize, len: usize) -> Option<HostSlice<'_>> {
         if offset > self.len || len > self.len - offset {
             return None;
@@ -457,6 +457,18 @@ impl<'a> HostSlice<'a> {
         count
     }
 
+    /// Writes `bytes` at the start, in as few stores as they take, and says whether there was room.
+    #[inline(always)]
+    pub fn put<const N: usize>(&self, bytes: [u8; N]) -> bool {
+        if N > self.len {
+            return false;
+        }
+        // SAFETY: `N` bytes lie in the slice by the line above, and nothing is asked of their alignment. The guest may
+        // read or write them meanwhile and then harms itself alone.
+        unsafe { self.start.cast::<[u8; N]>().write_unaligned(bytes) };
+        true
+    }
+
     /// Copies the first bytes of another slice here, as many as both hold, and returns how many.
     #[inline]
     pub fn copy_from_slice(&self, from: HostSlice<'_>) -> usize {
@@ -524,6 +536,16 @@ mod tests {
             "the memory is on a file system (magic 0x9fa0) where a page can keep us waiting; \
              a memfd, a file on tmpfs (/dev/shm) or one on hugetlbfs is accepted"
         );
+    }
+
+    #[test]
+    fn bytes_are_put_only_where_there_is_room_for_all() {
+        let range = HostRange::of_file(&memfd(4096), 0, 4096).unwrap();
+        assert!(range.slice(4093, 3).unwrap().put([1, 2, 3]));
+        assert!(!range.slice(4094, 2).unwrap().put([4, 5, 6]));
+        let mut seen = [0; 3];
+        range.slice(4093, 3).unwrap().copy_to(&mut seen);
+        assert_eq!(seen, [1, 2, 3]);
     }
 
     #[test]

@@ -2,7 +2,6 @@
 //!
 //! Read with: Intel 82576EB datasheet §7.2.
 
-use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -23,16 +22,28 @@ const EMULATED_SPLIT: u64 = 4096;
 #[derive(Debug)]
 pub(super) struct IgbTxRing {
     queue: Queue,
-    /// The position of the last slot of each frame with the card, oldest first.
-    ends: VecDeque<u32>,
+    /// By the slot where a frame with the card starts: the position of its last slot.
+    ends: Vec<u32>,
+    /// The card is QEMU's model, see [`EMULATED_SPLIT`]. Only a reset can change that, and no queue lives through one.
+    cut: bool,
 }
 
 impl IgbTxRing {
     pub(super) fn new(card: Card, number: u32, ring: DescriptorRing, vector: Vector) -> Self {
-        let ends = VecDeque::with_capacity(ring.count() as usize);
+        let ends = vec![0; ring.count() as usize];
         Self {
             queue: Queue::new(card, Side::Tx, number, ring, vector),
             ends,
+            cut: false,
+        }
+    }
+
+    /// Notes that a frame fills the slots from `first` to the newest one.
+    #[inline(always)]
+    fn note_end(&mut self, first: u32) {
+        let slot = self.queue.slot(first) as usize;
+        if let Some(end) = self.ends.get_mut(slot) {
+            *end = self.queue.fill.wrapping_sub(1);
         }
     }
 
@@ -41,7 +52,7 @@ impl IgbTxRing {
     fn drain(&self) {
         let Queue { card, ring, .. } = &self.queue;
         let (head, tail) = (self.queue.reg(QueueReg::HEAD), self.queue.slot(self.queue.told));
-        let last = self.ends.back().copied();
+        let last = (self.queue.oldest != self.queue.fill).then(|| self.queue.fill.wrapping_sub(1));
         let drained = card.wait(DRAIN_BOUND, &mut || {
             card.read(head) == tail && last.is_none_or(|last| desc::tx_is_done(ring.load_report(last)))
         });
@@ -60,7 +71,7 @@ impl Ring for IgbTxRing {
 
     fn start(&mut self) -> Result<(), NicError> {
         self.queue.start(&[])?;
-        self.ends.clear();
+        self.cut = self.queue.card.is_emulated();
         Ok(())
     }
 
@@ -73,7 +84,6 @@ impl Ring for IgbTxRing {
 
     fn clear(&mut self) {
         self.queue.oldest = self.queue.fill;
-        self.ends.clear();
     }
 
     fn acknowledge(&mut self) -> u64 {
@@ -86,7 +96,7 @@ impl TxRing for IgbTxRing {
 
     fn descriptors_for(&self, segments: usize, len: u32) -> usize {
         // Every segment may be cut at pages: one more piece each, and one for each page of the frame.
-        let cuts = if self.queue.card.is_emulated() {
+        let cuts = if self.cut {
             len as usize / 4096 + 1 + segments
         } else {
             0
@@ -94,30 +104,24 @@ impl TxRing for IgbTxRing {
         segments + cuts
     }
 
-    #[inline]
     fn post(&mut self, segments: &[Segment]) {
         let packet_len: u32 = segments.iter().map(|segment| segment.len).sum();
-        let emulated = self.queue.card.is_emulated();
+        let first = self.queue.fill;
         let mut first_len = packet_len;
         let count = segments.len();
         for (index, segment) in segments.iter().enumerate() {
             let mut rest = *segment;
-            if emulated {
-                // At most a page from each cut: see EMULATED_SPLIT.
-                loop {
-                    let to_border = EMULATED_SPLIT - rest.iova.raw() % EMULATED_SPLIT;
-                    if u64::from(rest.len) <= to_border {
-                        break;
-                    }
-                    let len = u32::try_from(to_border).unwrap_or(rest.len);
-                    let cut = Segment { iova: rest.iova, len };
-                    self.queue
-                        .put(desc::tx_data(cut, std::mem::take(&mut first_len), Place::Middle));
-                    rest = Segment {
-                        iova: rest.iova.offset(to_border),
-                        len: rest.len - len,
-                    };
-                }
+            // At most a page from each cut: see EMULATED_SPLIT.
+            while self.cut && crosses_page(rest) {
+                let to_border = EMULATED_SPLIT - rest.iova.raw() % EMULATED_SPLIT;
+                let len = u32::try_from(to_border).unwrap_or(rest.len);
+                let cut = Segment { iova: rest.iova, len };
+                self.queue
+                    .put(desc::tx_data(cut, std::mem::take(&mut first_len), Place::Middle));
+                rest = Segment {
+                    iova: rest.iova.offset(to_border),
+                    len: rest.len - len,
+                };
             }
             let place = if index + 1 == count {
                 Place::Last
@@ -127,20 +131,41 @@ impl TxRing for IgbTxRing {
             self.queue
                 .put(desc::tx_data(rest, std::mem::take(&mut first_len), place));
         }
-        self.ends.push_back(self.queue.fill.wrapping_sub(1));
+        self.note_end(first);
+    }
+
+    #[inline(always)]
+    fn post_one(&mut self, segment: Segment) {
+        if self.cut && crosses_page(segment) {
+            return self.post(&[segment]);
+        }
+        let first = self.queue.fill;
+        self.queue.put(desc::tx_data(segment, segment.len, Place::Last));
+        self.note_end(first);
     }
 
     #[inline]
     fn reap(&mut self) -> usize {
+        let Queue { ring, fill, .. } = &self.queue;
+        let mut oldest = self.queue.oldest;
         let mut frames = 0;
-        while let Some(end) = self.ends.front().copied() {
-            if !desc::tx_is_done(self.queue.ring.load_report(end)) {
+        while oldest != *fill {
+            let Some(end) = self.ends.get(self.queue.slot(oldest) as usize) else {
+                break;
+            };
+            if !desc::tx_is_done(ring.load_report(*end)) {
                 break;
             }
-            self.ends.pop_front();
-            self.queue.oldest = end.wrapping_add(1);
+            oldest = end.wrapping_add(1);
             frames += 1;
         }
+        self.queue.oldest = oldest;
         frames
     }
+}
+
+/// Whether a segment has bytes on both sides of a border of [`EMULATED_SPLIT`].
+#[inline]
+fn crosses_page(segment: Segment) -> bool {
+    segment.iova.raw() % EMULATED_SPLIT + u64::from(segment.len) > EMULATED_SPLIT
 }
