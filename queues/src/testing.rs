@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_glue::address::{FrontendAddress, GuestAddress, Iova};
 use vfio_glue::iommu::software::SoftwareIommu;
 use vfio_glue::map::{Change, MemoryMap};
-use vfio_glue::memory::{RegionSpec, Table, TableHint, VirtqMemory};
+use vfio_glue::memory::{Hit, RegionSpec, Table, TableHint, VirtqMemory};
 
 use crate::lane::{LaneSetup, LaneStats, MissingMemory};
 use crate::nic::{NicError, Received, Ring, RxRing, Segment, Transfer, TxRing, Verdict};
@@ -61,6 +61,13 @@ impl Guest {
             size,
             offered: 0,
         }
+    }
+
+    /// The place of the table where `at` is.
+    pub(crate) fn hit(&self, at: u64) -> Hit<'_> {
+        let mut hint = TableHint::default();
+        self.table.lookup(&mut hint, GuestAddress(at), 1).unwrap();
+        self.table.hit(&hint).unwrap()
     }
 
     pub(crate) fn virtq(&self) -> Virtq {
@@ -324,6 +331,11 @@ impl TxRing for FakeRing {
         segments
     }
 
+    fn post_whole(&mut self, segment: Segment) -> bool {
+        TxRing::post(self, &[segment]);
+        true
+    }
+
     fn post(&mut self, segments: &[Segment]) {
         assert!(self.room() >= segments.len(), "posted without room");
         let mut wire = self.wire.lock().unwrap();
@@ -331,11 +343,17 @@ impl TxRing for FakeRing {
         wire.sending.push_back(segments.to_vec());
     }
 
-    fn reap(&mut self) -> usize {
+    fn reap(&mut self) -> bool {
         let mut wire = self.wire.lock().unwrap();
-        let sent = std::mem::take(&mut wire.sent);
-        wire.sending.drain(..sent);
-        sent
+        if wire.sent == 0 {
+            return false;
+        }
+        wire.sent -= 1;
+        wire.sending.pop_front().is_some()
+    }
+
+    fn reap_whole(&mut self) -> bool {
+        self.reap()
     }
 }
 
@@ -349,6 +367,14 @@ impl RxRing for FakeRing {
         let mut wire = self.wire.lock().unwrap();
         assert!(wire.running, "posted to a stopped queue");
         wire.posted.push_back(buffer);
+    }
+
+    fn harvest_usual(&mut self, most_bytes: u32) -> Option<Received> {
+        let usual = matches!(
+            self.wire.lock().unwrap().filled.front(),
+            Some(next) if next.verdict == Verdict::Good && next.len <= most_bytes
+        );
+        if usual { self.harvest() } else { None }
     }
 
     fn harvest(&mut self) -> Option<Received> {

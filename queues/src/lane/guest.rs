@@ -9,7 +9,7 @@ use vfio_glue::memory::{Table, TableHint};
 
 use super::stats::LaneStats;
 use super::{LaneSetup, MissingMemory};
-use crate::virtq::{Chain, ChainError, Direction, Short, Virtq, VirtqError};
+use crate::virtq::{Chain, ChainError, Direction, Virtq, VirtqError};
 
 /// The guest's end of a lane.
 #[derive(Debug)]
@@ -19,8 +19,6 @@ pub(super) struct GuestEnd {
     pub(super) table: Arc<Table>,
     /// Where the table had the last answer.
     pub(super) hint: TableHint,
-    /// The same for indirect tables, which lie elsewhere.
-    pub(super) indirect: TableHint,
     pub(super) header_len: u32,
     pub(super) kick: Option<File>,
     pub(super) call: Option<File>,
@@ -40,7 +38,6 @@ impl GuestEnd {
             virtq: setup.virtq,
             table: setup.table,
             hint: TableHint::default(),
-            indirect: TableHint::default(),
             header_len: setup.header_len,
             kick: setup.kick,
             call: setup.call,
@@ -101,10 +98,16 @@ impl GuestEnd {
         }
     }
 
-    /// The next chain, of those [`waiting`](Virtq::waiting), if it is of the usual kind. It is not taken yet.
-    #[inline(always)]
-    pub(super) fn short(&mut self, direction: Direction) -> Option<Short> {
-        self.virtq.short(&self.table, &mut self.indirect, direction)
+    /// Turns to the place of the next chain's last buffer, if that is elsewhere than the last one was, so that a chain
+    /// which is usual but for that can be taken as such. One is there to take.
+    #[cold]
+    pub(super) fn turn_to_next(&mut self, chain: &Chain, direction: Direction) -> bool {
+        let tables = chain.tables(&self.table);
+        let short = self.virtq.short(0, tables.as_ref(), direction);
+        short.is_some_and(|short| {
+            let buffer = short.second.unwrap_or(short.first);
+            self.table.turn(&mut self.hint, buffer.addr)
+        })
     }
 
     /// Takes the next chain, or `None` if there is none or it has to wait for memory.
@@ -142,7 +145,6 @@ impl GuestEnd {
     pub(super) fn set_table(&mut self, table: Arc<Table>) {
         self.table = table;
         self.hint = TableHint::default();
-        self.indirect = TableHint::default();
         self.waits_for_memory = false;
     }
 

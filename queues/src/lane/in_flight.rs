@@ -7,9 +7,9 @@
 #[derive(Debug)]
 pub(super) struct InFlight<T> {
     entries: Vec<T>,
-    mask: u16,
-    oldest: u16,
-    next: u16,
+    mask: u32,
+    oldest: u32,
+    next: u32,
 }
 
 impl<T: Copy> InFlight<T> {
@@ -18,49 +18,71 @@ impl<T: Copy> InFlight<T> {
         debug_assert!(size.is_power_of_two(), "a virtqueue of {size}");
         Self {
             entries: vec![empty; size.into()],
-            mask: size - 1,
+            mask: u32::from(size) - 1,
             oldest: 0,
             next: 0,
         }
     }
 
-    /// Whether there is none.
-    pub(super) fn is_empty(&self) -> bool {
-        self.oldest == self.next
+    /// How many there are.
+    #[inline(always)]
+    pub(super) fn len(&self) -> u32 {
+        self.next.wrapping_sub(self.oldest)
     }
 
-    /// Puts an entry behind the newest. There is room: its chain is one of the virtqueue's.
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes an entry into the place that is `ahead` of the next one, for [`add`](Self::add) to count it in later. There
+    /// is room: its chain is one of the virtqueue's.
     #[inline(always)]
-    pub(super) fn push(&mut self, entry: T) {
-        debug_assert!(self.next.wrapping_sub(self.oldest) <= self.mask, "no room");
-        if let Some(place) = self.entries.get_mut(usize::from(self.next & self.mask)) {
+    pub(super) fn put(&mut self, ahead: u32, entry: T) {
+        debug_assert!(self.len() + ahead <= self.mask, "no room");
+        let place = (self.next.wrapping_add(ahead) & self.mask) as usize;
+        if let Some(place) = self.entries.get_mut(place) {
             *place = entry;
         }
-        self.next = self.next.wrapping_add(1);
+    }
+
+    /// Counts in entries that were put.
+    #[inline(always)]
+    pub(super) fn add(&mut self, count: u32) {
+        self.next = self.next.wrapping_add(count);
+    }
+
+    /// Puts one entry behind the newest.
+    pub(super) fn push(&mut self, entry: T) {
+        self.put(0, entry);
+        self.add(1);
+    }
+
+    /// The entry that `behind` others are older than. The caller has looked at [`len`](Self::len).
+    #[inline(always)]
+    pub(super) fn get(&self, behind: u32) -> Option<T> {
+        debug_assert!(behind < self.len(), "not in flight");
+        let place = self.oldest.wrapping_add(behind) & self.mask;
+        self.entries.get(place as usize).copied()
     }
 
     /// The oldest entry.
-    #[inline(always)]
     pub(super) fn oldest(&self) -> Option<T> {
-        if self.oldest == self.next {
-            return None;
-        }
-        self.entries.get(usize::from(self.oldest & self.mask)).copied()
+        if self.is_empty() { None } else { self.get(0) }
     }
 
-    /// Forgets the oldest entry, of which the caller knows that it is there.
+    /// Forgets the oldest entries, of which the caller knows that they are there.
     #[inline(always)]
-    pub(super) fn forget_oldest(&mut self) {
-        debug_assert!(self.oldest != self.next, "nothing is in flight");
-        self.oldest = self.oldest.wrapping_add(1);
+    pub(super) fn forget(&mut self, count: u32) {
+        debug_assert!(count <= self.len(), "so many are not in flight");
+        self.oldest = self.oldest.wrapping_add(count);
     }
 
     /// All of them, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        let count = self.next.wrapping_sub(self.oldest);
-        (0..count).filter_map(move |index| {
+        (0..self.len()).filter_map(move |index| {
             let position = self.oldest.wrapping_add(index) & self.mask;
-            self.entries.get(usize::from(position))
+            self.entries.get(position as usize)
         })
     }
 }
@@ -74,13 +96,16 @@ mod tests {
         let mut in_flight = InFlight::with_room_for(4, 0_u32);
         assert_eq!(in_flight.oldest(), None);
         for round in 0..40_000_u32 {
-            in_flight.push(2 * round);
-            in_flight.push(2 * round + 1);
+            in_flight.put(0, 2 * round);
+            in_flight.put(1, 2 * round + 1);
+            assert!(in_flight.is_empty(), "not counted in yet");
+            in_flight.add(2);
+            assert_eq!(in_flight.get(1), Some(2 * round + 1));
             let all: Vec<u32> = in_flight.iter().copied().collect();
             assert_eq!(all, [2 * round, 2 * round + 1]);
             for expected in all {
                 assert_eq!(in_flight.oldest(), Some(expected));
-                in_flight.forget_oldest();
+                in_flight.forget(1);
             }
         }
         assert_eq!(in_flight.oldest(), None);

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 
 use vfio_glue::address::{GuestAddress, Iova};
 use vfio_glue::map::Leaving;
-use vfio_glue::memory::{HostSlice, Table};
+use vfio_glue::memory::{Hit, HostSlice, Table};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
@@ -23,12 +23,12 @@ use super::in_flight::InFlight;
 use super::stats::{Bounce, Drop};
 use super::tx::is_memory;
 use super::{LaneSetup, Progress, Way};
-use crate::net_header;
+use crate::net_header::{self, LEGACY_LEN, MODERN_LEN};
 use crate::nic::{Berth, NicError, RxRing, Transfer, Verdict};
 use crate::virtq::{Buffer, Chain, ChainError, Direction, Short, VirtqError};
 
 /// Frames passed on in one pass.
-const BURST: usize = 32;
+const BURST: u16 = 32;
 /// How many buffers of one chain are looked at when memory changes. The frame of a driver lies in a handful.
 const MOST_PIECES: usize = 32;
 
@@ -52,19 +52,11 @@ pub struct RxLane<R: RxRing> {
 #[derive(Clone, Copy, Debug)]
 struct Posted {
     head: u16,
-    kind: Kind,
     /// Where the card writes: in the guest's memory, or in a slot of ours.
     iova: Iova,
-    /// Where the header goes, for the usual kind.
-    header: GuestAddress,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// The frame lands in place, and so does the header, in one piece.
-    Usual,
+    /// Where the header goes, in one piece. [`Posted::ODD`], which is in no guest's memory, if it is not as simple as that:
     /// `RxLane::odd` has the rest.
-    Odd,
+    header: GuestAddress,
 }
 
 /// A chain with the card that is not the usual one.
@@ -121,63 +113,71 @@ impl<R: RxRing> RxLane<R> {
 
     /// Posts the guest's buffers while the card has room, up to two bursts. Returns how many.
     fn refill(&mut self) -> Result<usize, VirtqError> {
-        let most = self.ring.room().min(2 * BURST);
+        let room = u16::try_from(self.ring.room()).unwrap_or(u16::MAX);
+        let most = room.min(2 * BURST);
         if most == 0 {
             return Ok(0);
         }
-        let waiting = most.min(self.guest.virtq.waiting()?.into());
+        let waiting = most.min(self.guest.virtq.waiting()?);
+        let mut posted = 0;
+        let mut turned = false;
+        loop {
+            let usual = match self.guest.header_len {
+                MODERN_LEN => self.post_usual::<MODERN_LEN>(waiting - posted),
+                LEGACY_LEN => self.post_usual::<LEGACY_LEN>(waiting - posted),
+                _ => 0,
+            };
+            posted += usual;
+            if posted == waiting {
+                return Ok(posted.into());
+            }
+            // Once for each chain: the guest may be writing it all the while.
+            turned = (usual > 0 || !turned) && self.guest.turn_to_next(&self.chain, Direction::Writable);
+            if turned {
+                continue;
+            }
+            if !self.post_odd()? {
+                return Ok(posted.into());
+            }
+            posted += 1;
+        }
+    }
+
+    /// Posts the usual chains up to the next one that is not, at most `most`; the ring has room for them. It is usual to
+    /// have the header and room for a frame in one buffer or in one each, all of it where the last one was. Returns how
+    /// many.
+    #[inline(always)]
+    fn post_usual<const HEADER: u32>(&mut self, most: u16) -> u16 {
         let need = self.ring.buffer_bytes();
-        for posted in 0..waiting {
-            if !self.post_usual(need) && !self.post_odd()? {
-                return Ok(posted);
-            }
+        let Self {
+            guest,
+            ring,
+            posted,
+            chain,
+            ..
+        } = self;
+        let GuestEnd {
+            virtq, table, hint, ..
+        } = guest;
+        let tables = chain.tables(table);
+        let Some(hit) = table.hit(hint) else { return 0 };
+        let mut count = 0;
+        // No call in here: what the loop goes by stays in registers.
+        while count < most {
+            let Some(short) = virtq.short(count, tables.as_ref(), Direction::Writable) else {
+                break;
+            };
+            let Some(iova) = place_in::<HEADER>(&short, &hit, need) else {
+                break;
+            };
+            ring.post(iova);
+            let (head, header) = (short.head, short.first.addr);
+            posted.put(count.into(), Posted { head, iova, header });
+            count += 1;
         }
-        Ok(waiting)
-    }
-
-    /// Posts the next chain, if it is the usual one: header and room for the frame in one buffer or in one each, all in
-    /// one piece. Says whether it did; if not, nothing has happened.
-    #[inline(always)]
-    fn post_usual(&mut self, need: u32) -> bool {
-        let Some(short) = self.guest.short(Direction::Writable) else {
-            return false;
-        };
-        let Some(iova) = self.place_in(short, need) else {
-            return false;
-        };
-        self.guest.virtq.take_short();
-        self.ring.post(iova);
-        self.posted.push(Posted {
-            head: short.head,
-            kind: Kind::Usual,
-            iova,
-            header: short.first.addr,
-        });
-        true
-    }
-
-    /// Where the card may put `need` bytes of a frame in a usual chain. All that the chain names is guest memory then.
-    #[inline(always)]
-    fn place_in(&mut self, short: Short, need: u32) -> Option<Iova> {
-        let Short { first, second, .. } = short;
-        let header_len = self.guest.header_len;
-        let (table, hint) = (&self.guest.table, &mut self.guest.hint);
-        match second {
-            None => {
-                if first.len < header_len + need {
-                    return None;
-                }
-                let piece = table.lookup_whole(hint, first.addr, first.len)?;
-                Some(piece.iova.offset(header_len.into()))
-            }
-            Some(frame) => {
-                if first.len != header_len || frame.len < need {
-                    return None;
-                }
-                table.lookup_whole(hint, first.addr, header_len)?;
-                Some(table.lookup_whole(hint, frame.addr, frame.len)?.iova)
-            }
-        }
+        virtq.take(count);
+        posted.add(count.into());
+        count
     }
 
     /// Posts the next chain, whatever it is. Says whether it did: one that has to wait stays in the virtqueue.
@@ -287,13 +287,7 @@ impl<R: RxRing> RxLane<R> {
                 iova,
                 header: Some(header),
             } => {
-                let kind = Kind::Usual;
-                return Some(Posted {
-                    head,
-                    kind,
-                    iova,
-                    header,
-                });
+                return Some(Posted { head, iova, header });
             }
             Target::InPlace { iova, header: None } => {
                 let buffers = self.list_of_chain();
@@ -332,35 +326,73 @@ impl<R: RxRing> RxLane<R> {
     }
 
     /// Passes on what the card has received, up to `most` frames. Returns how many chains were given back.
-    fn deliver(&mut self, most: usize) -> usize {
-        let header_len = self.guest.header_len;
+    fn deliver(&mut self, most: u16) -> usize {
         let room = self.ring.buffer_bytes();
-        let (mut given, mut frames, mut bytes) = (0, 0, 0);
-        while given < most {
-            let Some(received) = self.ring.harvest() else {
-                break;
+        let mut given = 0;
+        loop {
+            given += match self.guest.header_len {
+                MODERN_LEN => self.deliver_usual::<MODERN_LEN>(most - given, room),
+                LEGACY_LEN => self.deliver_usual::<LEGACY_LEN>(most - given, room),
+                _ => 0,
             };
-            let Some(posted) = self.posted.oldest() else { break };
-            self.posted.forget_oldest();
+            if given == most {
+                return given.into();
+            }
+            let Some(received) = self.ring.harvest() else {
+                return given.into();
+            };
+            let Some(posted) = self.posted.oldest() else {
+                return given.into();
+            };
+            self.posted.forget(1);
             // What the card reports is not believed either: more than it was given room for is no frame.
             let good = received.verdict == Verdict::Good && received.len <= room;
-            let used = if good && posted.kind == Kind::Usual && self.write_header(posted.header, header_len) {
-                frames += 1;
-                bytes += u64::from(received.len);
-                header_len + received.len
-            } else {
-                self.finish_odd(posted.kind, received.len, good)
-            };
+            let used = self.finish_odd(posted, received.len, good);
             self.guest.virtq.give(posted.head, used);
             given += 1;
         }
-        if frames > 0 {
-            self.count_in_place(frames, bytes);
+    }
+
+    /// Passes on the usual frames up to the next one that is not, at most `most`: sound ones in usual chains, the header
+    /// where the last one was. Returns how many.
+    #[inline(always)]
+    fn deliver_usual<const HEADER: u32>(&mut self, most: u16, room: u32) -> u16 {
+        let Self {
+            guest, ring, posted, ..
+        } = self;
+        let GuestEnd {
+            virtq, table, hint, ..
+        } = guest;
+        let Some(headers) = table.hit(hint).and_then(|hit| hit.of_len(HEADER)) else {
+            return 0;
+        };
+        let most = posted.len().min(most.into());
+        let (mut given, mut bytes) = (0_u16, 0);
+        // No call in here: what the loop goes by stays in registers.
+        while u32::from(given) < most {
+            let Some(oldest) = posted.get(given.into()) else {
+                break;
+            };
+            // An odd one's header is nowhere.
+            let Some(header) = headers.host(oldest.header) else {
+                break;
+            };
+            let Some(received) = ring.harvest_usual(room) else {
+                break;
+            };
+            net_header::write_received(header);
+            virtq.fill(given, oldest.head, HEADER + received.len);
+            bytes += u64::from(received.len);
+            given += 1;
+        }
+        if given > 0 {
+            posted.forget(given.into());
+            virtq.gave(given);
+            self.count_in_place(given.into(), bytes);
         }
         given
     }
 
-    #[inline(always)]
     fn write_header(&mut self, header: GuestAddress, header_len: u32) -> bool {
         // In one piece when it was posted; a table that no longer has it in one piece took the buffer back first.
         let piece = self
@@ -372,24 +404,27 @@ impl<R: RxRing> RxLane<R> {
         true
     }
 
-    /// Ends the oldest chain, a frame of `len` bytes in it, where it was not as simple as that. Returns the used length: 0
-    /// for a frame that is lost.
+    /// Ends the oldest chain, `posted`, a frame of `len` bytes in it, where it was not as simple as that. Returns the used
+    /// length: 0 for a frame that is lost.
     #[cold]
-    fn finish_odd(&mut self, kind: Kind, len: u32, good: bool) -> u32 {
+    fn finish_odd(&mut self, posted: Posted, len: u32, good: bool) -> u32 {
         let header_len = self.guest.header_len;
         if !good {
             self.guest.stats.drop_frame(Drop::Damaged);
         }
-        let odd = match kind {
-            Kind::Usual => None,
-            Kind::Odd => self.odd.pop_front(),
+        let odd = if posted.is_odd() {
+            self.odd.pop_front()
+        } else {
+            None
         };
         match odd {
-            // There was no place for its header.
+            None if !good => 0,
+            None if self.write_header(posted.header, header_len) => {
+                self.count_in_place(1, u64::from(len));
+                header_len + len
+            }
             None => {
-                if good {
-                    self.guest.stats.drop_frame(Drop::NoRoom);
-                }
+                self.guest.stats.drop_frame(Drop::NoRoom);
                 0
             }
             Some(Odd::Header { buffers }) => {
@@ -415,7 +450,7 @@ impl<R: RxRing> RxLane<R> {
 
     /// The odd chains with the card, and where it writes for each.
     fn odd_chains(&self) -> impl Iterator<Item = (Iova, &Odd)> {
-        let odd = self.posted.iter().filter(|posted| posted.kind == Kind::Odd);
+        let odd = self.posted.iter().filter(|posted| posted.is_odd());
         odd.map(|posted| posted.iova).zip(&self.odd)
     }
 
@@ -479,15 +514,36 @@ impl<R: RxRing> RxLane<R> {
     }
 }
 
+/// Where the card may put `need` bytes of a frame in a usual chain, if all that the chain names is guest memory at `hit`.
+#[inline(always)]
+fn place_in<const HEADER: u32>(short: &Short, hit: &Hit<'_>, need: u32) -> Option<Iova> {
+    let Short { first, second, .. } = short;
+    let Some(frame) = second else {
+        if first.len < HEADER + need {
+            return None;
+        }
+        let piece = hit.whole(first.addr, first.len)?;
+        return Some(piece.iova.offset(HEADER.into()));
+    };
+    if first.len != HEADER || frame.len < need {
+        return None;
+    }
+    hit.whole(first.addr, HEADER)?;
+    Some(hit.whole(frame.addr, frame.len)?.iova)
+}
+
 impl Posted {
+    /// A region ends below 2^64, so its last byte is below this.
+    const ODD: GuestAddress = GuestAddress(u64::MAX);
+
     /// One that `RxLane::odd` has the rest of.
     fn odd(head: u16, iova: Iova) -> Self {
-        Self {
-            head,
-            kind: Kind::Odd,
-            iova,
-            header: GuestAddress(0),
-        }
+        let header = Self::ODD;
+        Self { head, iova, header }
+    }
+
+    fn is_odd(&self) -> bool {
+        self.header == Self::ODD
     }
 }
 
@@ -551,9 +607,8 @@ impl<R: RxRing> Way for RxLane<R> {
         let all_kept = |buffers: &[Buffer]| {
             buffers.len() <= MOST_PIECES && buffers.iter().all(|buffer| keeps(buffer.addr, buffer.len))
         };
-        let usual_kept = self.posted.iter().all(|posted| match posted.kind {
-            Kind::Usual => !leaving.has(posted.iova) && keeps(posted.header, self.guest.header_len),
-            Kind::Odd => true,
+        let usual_kept = self.posted.iter().all(|posted| {
+            posted.is_odd() || !leaving.has(posted.iova) && keeps(posted.header, self.guest.header_len)
         });
         usual_kept
             && self.odd_chains().all(|(iova, odd)| match odd {
@@ -563,7 +618,7 @@ impl<R: RxRing> Way for RxLane<R> {
     }
 
     fn held(&self) -> Vec<Iova> {
-        let usual = self.posted.iter().filter(|posted| posted.kind == Kind::Usual);
+        let usual = self.posted.iter().filter(|posted| !posted.is_odd());
         let odd = self
             .odd_chains()
             .filter(|(_, odd)| matches!(odd, Odd::Header { .. }));
@@ -580,7 +635,7 @@ impl<R: RxRing> Way for RxLane<R> {
 
     fn quiesce(&mut self) -> Result<(), NicError> {
         let stopped = self.ring.stop();
-        self.deliver(usize::from(u16::MAX));
+        self.deliver(u16::MAX);
         stopped?;
         self.ring.clear();
         Ok(())
@@ -755,6 +810,42 @@ mod tests {
         assert_eq!(bench.guest.read(SECOND - 88, 88), frame(500)[..88]);
         assert_eq!(bench.guest.read(SECOND, 412), frame(500)[88..]);
         assert_eq!(bench.stats.bounced[Bounce::SplitBuffer as usize].get(), 1);
+    }
+
+    #[test]
+    fn buffers_in_turn_from_two_places_and_odd_ones_between_keep_their_turns() {
+        let mut bench = Bench::of_size(16);
+        let chains: [&[(u64, u32)]; 5] = [
+            &[(BUFFER, 1530)],
+            &[(SECOND + 0x1000, 1530)],
+            &[(BUFFER + 0x1000, 12), (BUFFER + 0x2000, 1518)],
+            // The header over two regions.
+            &[(SECOND - 5, 1530)],
+            &[(BUFFER + 0x3000, 1530)],
+        ];
+        for (head, chain) in (0..).zip(chains) {
+            bench.offer(2 * head, chain);
+        }
+        bench.lane.poll();
+        let expected = [
+            BUFFER + 12,
+            SECOND + 0x100c,
+            BUFFER + 0x2000,
+            SECOND + 7,
+            BUFFER + 0x300c,
+        ];
+        assert_eq!(bench.posted(), expected.map(|at| bench.guest.iova(at)));
+        for len in 60..65 {
+            bench.receive(&frame(len));
+        }
+        bench.lane.poll();
+        let expected = [(0, 72), (2, 73), (4, 74), (6, 75), (8, 76)];
+        assert_eq!(bench.guest.used(), expected);
+        for header in [BUFFER, SECOND + 0x1000, BUFFER + 0x1000, BUFFER + 0x3000] {
+            assert_eq!(bench.guest.read(header, 12), HEADER, "{header:#x}");
+        }
+        assert_eq!(bench.stats.frames.get(), 5);
+        assert_eq!(bench.stats.bytes.get(), 60 + 61 + 62 + 63 + 64);
     }
 
     #[test]

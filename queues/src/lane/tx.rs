@@ -14,18 +14,19 @@ use std::collections::VecDeque;
 
 use vfio_glue::address::{GuestAddress, Iova};
 use vfio_glue::map::Leaving;
-use vfio_glue::memory::{HostSlice, Table, TableHint};
+use vfio_glue::memory::{HitOfLen, HostSlice, Table, TableHint};
 
 use super::bounce::{SLOT_BYTES, Slot, Slots, Taking};
 use super::guest::GuestEnd;
 use super::in_flight::InFlight;
 use super::stats::{Bounce, Drop};
 use super::{LaneSetup, Progress, Way};
+use crate::net_header::{LEGACY_LEN, MODERN_LEN};
 use crate::nic::{Berth, NicError, Segment, Transfer, TxRing};
 use crate::virtq::{Buffer, Chain, ChainError, Direction, Short, VirtqError};
 
 /// Frames taken in one pass.
-const BURST: usize = 32;
+const BURST: u16 = 32;
 /// Below this a frame has no Ethernet header.
 const RUNT: u32 = 14;
 /// Below this a card may refuse a frame, or pad it with bytes of whatever follows (82576 datasheet, §7.2.1).
@@ -56,19 +57,11 @@ pub struct TxLane<R: TxRing> {
 #[derive(Clone, Copy, Debug)]
 struct Taken {
     head: u16,
-    kind: Kind,
-    /// Of the frame, in bytes.
+    /// Of a usual frame, which is with the card in the guest's memory, in one descriptor: its length in bytes. 0 for an
+    /// odd one: `TxLane::odd` has the rest.
     len: u32,
-    /// Where it is.
+    /// Where a usual frame is.
     iova: Iova,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// With the card, in the guest's memory, in one segment.
-    Usual,
-    /// `TxLane::odd` has the rest.
-    Odd,
 }
 
 /// A chain that is not the usual one.
@@ -126,39 +119,58 @@ impl<R: TxRing> TxLane<R> {
 
     /// Gives back what the card is done with. Returns how many chains.
     fn complete(&mut self) -> usize {
-        let mut done = self.ring.reap();
-        let (mut given, mut frames, mut bytes) = (0, 0, 0);
-        while let Some(oldest) = self.taken.oldest() {
-            match oldest.kind {
-                Kind::Usual if done > 0 => {
-                    done -= 1;
-                    frames += 1;
-                    bytes += u64::from(oldest.len);
-                }
-                Kind::Odd if self.complete_odd(&mut done) => {}
-                Kind::Usual | Kind::Odd => break,
+        let mut given = 0;
+        loop {
+            given += usize::from(self.complete_usual());
+            let Some(oldest) = self.taken.oldest() else { break };
+            if oldest.is_usual() || !self.complete_odd() {
+                break;
             }
-            self.taken.forget_oldest();
+            self.taken.forget(1);
             self.guest.virtq.give(oldest.head, 0);
             given += 1;
-        }
-        if frames > 0 {
-            self.count_in_place(frames, bytes);
         }
         given
     }
 
-    /// Ends the oldest odd chain, if it is lost or one of the frames that are `done`. Says whether it did.
+    /// Gives back the usual chains that the card is done with, up to the next odd one. Returns how many.
+    #[inline(always)]
+    fn complete_usual(&mut self) -> u16 {
+        let Self {
+            guest, ring, taken, ..
+        } = self;
+        let most = taken.len();
+        let (mut given, mut bytes) = (0_u16, 0);
+        // No call in here: what the loop goes by stays in registers.
+        while u32::from(given) < most {
+            let Some(oldest) = taken.get(given.into()) else {
+                break;
+            };
+            if !oldest.is_usual() || !ring.reap_whole() {
+                break;
+            }
+            guest.virtq.fill(given, oldest.head, 0);
+            bytes += u64::from(oldest.len);
+            given += 1;
+        }
+        if given > 0 {
+            taken.forget(given.into());
+            guest.virtq.gave(given);
+            self.count_in_place(given.into(), bytes);
+        }
+        given
+    }
+
+    /// Ends the oldest odd chain, if it is lost or the card is done with it. Says whether it did.
     #[cold]
-    fn complete_odd(&mut self, done: &mut usize) -> bool {
+    fn complete_odd(&mut self) -> bool {
         let lost = matches!(self.odd.front(), Some(Odd::Lost(_)));
-        if !lost && *done == 0 {
+        if !lost && !self.ring.reap() {
             return false;
         }
         let Some(odd) = self.odd.pop_front() else {
             return false;
         };
-        *done -= usize::from(!lost);
         self.count_odd(&odd);
         true
     }
@@ -191,69 +203,84 @@ impl<R: TxRing> TxLane<R> {
 
     /// Takes up to a burst of chains and posts them. Returns how many.
     fn take(&mut self) -> Result<usize, VirtqError> {
-        let waiting = BURST.min(self.guest.virtq.waiting()?.into());
+        let waiting = BURST.min(self.guest.virtq.waiting()?);
         let need = self.room_for_a_frame();
-        for taken in 0..waiting {
+        let mut taken = 0;
+        let mut turned = false;
+        loop {
+            let usual = match self.guest.header_len {
+                MODERN_LEN => self.take_usual::<MODERN_LEN>(waiting - taken, need),
+                LEGACY_LEN => self.take_usual::<LEGACY_LEN>(waiting - taken, need),
+                _ => 0,
+            };
+            taken += usual;
             // Reserved before it is taken: a chain we pop always has somewhere to go.
-            if self.ring.room() < need {
-                return Ok(taken);
+            if taken == waiting || self.ring.room() < need {
+                return Ok(taken.into());
             }
-            if self.take_usual() {
+            // Once for each chain: the guest may be writing it all the while.
+            turned = (usual > 0 || !turned) && self.guest.turn_to_next(&self.chain, Direction::Readable);
+            if turned {
                 continue;
             }
             if !self.take_odd()? {
-                return Ok(taken);
+                return Ok(taken.into());
             }
+            taken += 1;
         }
-        Ok(waiting)
     }
 
-    /// Takes the next chain, if it is the usual one: a header and a frame in one buffer or in one each, a frame that the
-    /// card can send as it is. Says whether it did; if not, nothing has happened.
+    /// Takes the usual chains up to the next one that is not, at most `most`, each while there are `need` descriptors. It
+    /// is usual to have a header and a frame in one buffer or in one each, the frame such that the card can send it as it
+    /// is, all of it where the last one was. Returns how many.
     #[inline(always)]
-    fn take_usual(&mut self) -> bool {
-        let Some(short) = self.guest.short(Direction::Readable) else {
-            return false;
+    fn take_usual<const HEADER: u32>(&mut self, most: u16, need: usize) -> u16 {
+        let Self {
+            guest,
+            ring,
+            taken,
+            chain,
+            max_frame,
+            ..
+        } = self;
+        let GuestEnd {
+            virtq, table, hint, ..
+        } = guest;
+        let tables = chain.tables(table);
+        let Some(hit) = table.hit(hint).filter(|_| self.link_up) else {
+            return 0;
         };
-        let Some(segment) = self.segment_of(short) else {
-            return false;
+        let Some(span) = max_frame.checked_sub(PADDED) else {
+            return 0;
         };
-        self.guest.virtq.take_short();
-        self.ring.post_one(segment);
-        self.taken.push(Taken {
-            head: short.head,
-            kind: Kind::Usual,
-            len: segment.len,
-            iova: segment.iova,
-        });
-        true
-    }
-
-    /// Where the frame of a usual chain is. All that the chain names is guest memory then.
-    #[inline(always)]
-    fn segment_of(&mut self, short: Short) -> Option<Segment> {
-        let Short { first, second, .. } = short;
-        let header_len = self.guest.header_len;
-        let (table, hint) = (&self.guest.table, &mut self.guest.hint);
-        let segment = match second {
-            None => {
-                let len = first.len.checked_sub(header_len)?;
-                let iova = table.lookup_whole(hint, first.addr, first.len)?.iova;
-                let iova = iova.offset(header_len.into());
-                Segment { iova, len }
+        // Each takes one descriptor, and leaves `need` to the next.
+        let room = (ring.room() + 1).saturating_sub(need);
+        let most = room.min(most.into());
+        // A frame of the largest size fits behind all but the last bytes of a place. Those are for others to look at.
+        let Some(frames) = hit.of_len(HEADER + *max_frame) else {
+            return 0;
+        };
+        let mut count = 0_u16;
+        // No call in here: what the loop goes by stays in registers.
+        while usize::from(count) < most {
+            let Some(short) = virtq.short(count, tables.as_ref(), Direction::Readable) else {
+                break;
+            };
+            let Some(segment) = segment_of::<HEADER>(&short, &frames) else {
+                break;
+            };
+            let Segment { iova, len } = segment;
+            // One comparison for both bounds: below the lower one it wraps.
+            if len.wrapping_sub(PADDED) > span || !ring.post_whole(segment) {
+                break;
             }
-            Some(frame) => {
-                if first.len != header_len {
-                    return None;
-                }
-                // Header bytes are not sent, but they must be guest memory.
-                table.lookup_whole(hint, first.addr, header_len)?;
-                let (iova, len) = (table.lookup_whole(hint, frame.addr, frame.len)?.iova, frame.len);
-                Segment { iova, len }
-            }
-        };
-        let fits = segment.len >= PADDED && segment.len <= self.max_frame && self.link_up;
-        fits.then_some(segment)
+            let head = short.head;
+            taken.put(count.into(), Taken { head, len, iova });
+            count += 1;
+        }
+        virtq.take(count);
+        taken.add(count.into());
+        count
     }
 
     /// Takes the next chain, whatever it is. Says whether it did: one that has to wait stays in the virtqueue.
@@ -406,7 +433,7 @@ impl<R: TxRing> TxLane<R> {
 
     /// Where in the guest's memory the card has something to read.
     fn places(&self) -> impl Iterator<Item = Iova> {
-        let usual = self.taken.iter().filter(|taken| taken.kind == Kind::Usual);
+        let usual = self.taken.iter().filter(|taken| taken.is_usual());
         usual.map(|taken| taken.iova).chain(self.held.iter().copied())
     }
 
@@ -414,10 +441,11 @@ impl<R: TxRing> TxLane<R> {
     fn discard(&mut self, why: Drop) {
         self.held.clear();
         while let Some(oldest) = self.taken.oldest() {
-            self.taken.forget_oldest();
-            let odd = match oldest.kind {
-                Kind::Usual => None,
-                Kind::Odd => self.odd.pop_front(),
+            self.taken.forget(1);
+            let odd = if oldest.is_usual() {
+                None
+            } else {
+                self.odd.pop_front()
             };
             let lost = match odd {
                 Some(Odd::Lost(earlier)) => earlier,
@@ -436,14 +464,34 @@ impl<R: TxRing> TxLane<R> {
 impl Taken {
     /// One that `TxLane::odd` has the rest of.
     fn odd(head: u16) -> Self {
-        let iova = Iova::new(0);
-        Self {
-            head,
-            kind: Kind::Odd,
-            len: 0,
-            iova,
-        }
+        let (len, iova) = (0, Iova::new(0));
+        Self { head, len, iova }
     }
+
+    #[inline(always)]
+    fn is_usual(self) -> bool {
+        self.len != 0
+    }
+}
+
+/// Where the frame of a usual chain is, if all that the chain names is guest memory in one place, `frames`, and the frame
+/// is not longer than a frame can be: the caller looks at that. The length of one that does not hold its header wraps to
+/// more.
+#[inline(always)]
+fn segment_of<const HEADER: u32>(short: &Short, frames: &HitOfLen<'_>) -> Option<Segment> {
+    let Short { first, second, .. } = short;
+    let Some(frame) = second else {
+        let iova = frames.iova(first.addr)?.offset(HEADER.into());
+        let len = first.len.wrapping_sub(HEADER);
+        return Some(Segment { iova, len });
+    };
+    if first.len != HEADER {
+        return None;
+    }
+    // Header bytes are not sent, but they must be guest memory.
+    frames.iova(first.addr)?;
+    let (iova, len) = (frames.iova(frame.addr)?, frame.len);
+    Some(Segment { iova, len })
 }
 
 fn outside(buffer: &Buffer) -> ChainError {
@@ -491,7 +539,9 @@ impl<R: TxRing> Way for TxLane<R> {
         let taken = self.take();
         self.ring.flush();
         // A lost frame, and one a copying device has sent already, need no second pass.
-        given += self.complete();
+        if !self.odd.is_empty() || self.ring.transfer() == Transfer::Copy {
+            given += self.complete();
+        }
         if given > 0 {
             self.guest.publish();
         }
@@ -796,6 +846,53 @@ mod tests {
         assert_eq!(bench.guest.used(), vec![(0, 0), (1, 0), (2, 0)]);
         assert_eq!(bench.stats.dropped[Drop::Runt as usize].get(), 1);
         assert_eq!(bench.stats.dropped[Drop::Oversize as usize].get(), 1);
+    }
+
+    #[test]
+    fn frames_in_turn_from_two_places_and_odd_ones_between_go_out_in_order_in_one_pass() {
+        let mut bench = Bench::of_size(32);
+        let end = SECOND + crate::testing::LEN;
+        let chains: [&[(u64, u32)]; 7] = [
+            &[(BUFFER, 72)],
+            &[(SECOND + 64, 72)],
+            &[(BUFFER + 0x1000, 12), (BUFFER + 0x2000, 61)],
+            // Header and frame in two places.
+            &[(BUFFER, 12), (SECOND + 64, 62)],
+            // Too short for an Ethernet header.
+            &[(BUFFER, 20)],
+            &[(SECOND + 64, 75)],
+            // The last bytes of the memory.
+            &[(end - 76, 76)],
+        ];
+        for (head, chain) in (0..).zip(chains) {
+            bench.guest.offer_chain(2 * head, chain, 0);
+        }
+        bench.lane.poll();
+        let expected = [
+            (BUFFER + 12, 60),
+            (SECOND + 76, 60),
+            (BUFFER + 0x2000, 61),
+            (SECOND + 64, 62),
+            (SECOND + 76, 63),
+            (end - 64, 64),
+        ];
+        let expected = expected.map(|(at, len)| {
+            let iova = bench.guest.iova(at);
+            vec![Segment { iova, len }]
+        });
+        assert_eq!(bench.sending(), expected);
+        assert_eq!(bench.guest.used(), vec![], "none is given back before its turn");
+        bench.finish(4);
+        bench.lane.poll();
+        let used: Vec<u32> = bench.guest.used().iter().map(|(head, _)| *head).collect();
+        assert_eq!(used, [0, 2, 4, 6, 8]);
+        bench.finish(2);
+        bench.lane.poll();
+        assert_eq!(bench.guest.used().len(), 7);
+        assert_eq!(bench.stats.frames.get(), 6);
+        assert_eq!(bench.stats.bytes.get(), 60 + 60 + 61 + 62 + 63 + 64);
+        assert_eq!(bench.stats.dropped[Drop::Runt as usize].get(), 1);
+        assert!(!bench.guest.has_bounce_memory());
     }
 
     #[test]

@@ -135,10 +135,18 @@ impl TxRing for NoRing {
         0
     }
 
+    fn post_whole(&mut self, _segment: Segment) -> bool {
+        false
+    }
+
     fn post(&mut self, _segments: &[Segment]) {}
 
-    fn reap(&mut self) -> usize {
-        0
+    fn reap(&mut self) -> bool {
+        false
+    }
+
+    fn reap_whole(&mut self) -> bool {
+        false
     }
 }
 
@@ -148,6 +156,10 @@ impl RxRing for NoRing {
     }
 
     fn post(&mut self, _buffer: Iova) {}
+
+    fn harvest_usual(&mut self, _most_bytes: u32) -> Option<Received> {
+        None
+    }
 
     fn harvest(&mut self) -> Option<Received> {
         None

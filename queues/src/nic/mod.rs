@@ -202,19 +202,22 @@ pub trait TxRing: Ring {
     /// The most descriptors a frame of `segments` segments and `len` bytes can need.
     fn descriptors_for(&self, segments: usize, len: u32) -> usize;
 
-    /// Hands one frame to the card. It owns the bytes until [`reap`](Self::reap) counts the frame.
+    /// Hands one frame to the card. It owns the bytes until [`reap`](Self::reap) says that it is done.
     ///
     /// The caller has checked `room` and passes 1 to `MAX_SEGMENTS` segments of 17 bytes or more in all.
     fn post(&mut self, segments: &[Segment]);
 
-    /// As [`post`](Self::post), for the usual frame of one segment.
-    #[inline]
-    fn post_one(&mut self, segment: Segment) {
-        self.post(&[segment]);
-    }
+    /// As [`post`](Self::post), for the usual frame: of one segment, which fits into one descriptor. Says whether it was;
+    /// if not, nothing has happened. [`reap_whole`](Self::reap_whole) is its other half.
+    fn post_whole(&mut self, segment: Segment) -> bool;
 
-    /// How many more frames, oldest first, the card is done with since the last call.
-    fn reap(&mut self) -> usize;
+    /// Whether the card is done with the oldest frame, of which the caller knows that it is there and was handed over by
+    /// [`post`](Self::post). It is forgotten then.
+    fn reap(&mut self) -> bool;
+
+    /// Whether the card is done with the oldest frame, of which the caller knows that it is there and was handed over by
+    /// [`post_whole`](Self::post_whole). It is forgotten then.
+    fn reap_whole(&mut self) -> bool;
 }
 
 /// A card's receive queue: wire to guest.
@@ -224,6 +227,10 @@ pub trait RxRing: Ring {
 
     /// Hands one buffer of [`buffer_bytes`](Self::buffer_bytes) to the card. The caller has checked `room`.
     fn post(&mut self, buffer: Iova);
+
+    /// As [`harvest`](Self::harvest), for the usual frame only: sound, and of at most `most_bytes`. `None` tells nothing.
+    /// The caller knows that a buffer is posted.
+    fn harvest_usual(&mut self, most_bytes: u32) -> Option<Received>;
 
     /// Takes the oldest posted buffer back, if the card has filled it.
     fn harvest(&mut self) -> Option<Received>;

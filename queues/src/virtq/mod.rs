@@ -16,7 +16,7 @@ mod notify;
 pub use chain::{Buffer, Chain, ChainError, Direction, Short};
 use notify::Notification;
 pub use notify::WakeUps;
-use vfio_glue::memory::{Table, TableHint, UsedElement, VirtqMemory};
+use vfio_glue::memory::{Hit, Table, UsedElement, VirtqMemory};
 
 /// How a guest broke its ring. The ring is retired; others go on.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -127,25 +127,22 @@ impl Virtq {
         Ok(self.seen_avail.wrapping_sub(self.next_avail))
     }
 
-    /// The next chain, if it is a [`Short`] one with buffers of this `direction`. There is one: [`waiting`](Self::waiting)
-    /// counted it. It is not taken before [`take_short`](Self::take_short).
+    /// The chain that is `ahead` of the next one, if it is a [`Short`] one with buffers of this `direction`. There is one:
+    /// [`waiting`](Self::waiting) counted it. It is not taken before [`take`](Self::take) counts it.
     ///
-    /// `None` says that the chain is of another kind or broken; [`pop`](Self::pop) tells. Nothing that was read here is
-    /// believed then. `hint` is for indirect tables.
+    /// `None` says that the chain is of another kind or broken, or has its indirect table elsewhere than in `tables`:
+    /// [`pop`](Self::pop) tells. Nothing that was read here is believed then.
     #[inline(always)]
-    pub fn short(&self, table: &Table, hint: &mut TableHint, direction: Direction) -> Option<Short> {
-        let head = self.memory.avail_entry(self.next_avail);
-        if head >= self.memory.size() {
-            return None;
-        }
-        Short::read(&self.memory, table, hint, head, direction)
+    pub fn short(&self, ahead: u16, tables: Option<&Hit<'_>>, direction: Direction) -> Option<Short> {
+        let head = self.memory.avail_entry(self.next_avail.wrapping_add(ahead));
+        Short::read(&self.memory, tables, head, direction)
     }
 
-    /// Takes the chain that [`short`](Self::short) returned.
+    /// Takes the next `count` chains, that [`short`](Self::short) returned.
     #[inline(always)]
-    pub fn take_short(&mut self) {
-        debug_assert!(self.next_avail != self.seen_avail, "nothing is there to take");
-        self.next_avail = self.next_avail.wrapping_add(1);
+    pub fn take(&mut self, count: u16) {
+        self.next_avail = self.next_avail.wrapping_add(count);
+        debug_assert!(self.outstanding() <= self.size(), "more than there are");
     }
 
     /// Takes the next chain and fills `chain` with it, or returns `None` if the driver has offered nothing more.
@@ -202,9 +199,22 @@ impl Virtq {
     /// Gives the oldest taken chain back, `len` bytes of it written. Seen by the driver after [`publish`](Self::publish).
     #[inline]
     pub fn give(&mut self, head: u16, len: u32) {
-        debug_assert!(self.outstanding() > 0, "more chains given back than taken");
-        self.memory.write_used(self.next_used, UsedElement { head, len });
-        self.next_used = self.next_used.wrapping_add(1);
+        self.fill(0, head, len);
+        self.gave(1);
+    }
+
+    /// Writes the used entry that is `ahead` of the next one, for [`gave`](Self::gave) to count it in later.
+    #[inline(always)]
+    pub fn fill(&mut self, ahead: u16, head: u16, len: u32) {
+        debug_assert!(self.outstanding() > ahead, "more chains given back than taken");
+        let position = self.next_used.wrapping_add(ahead);
+        self.memory.write_used(position, UsedElement { head, len });
+    }
+
+    /// Counts in the used entries that were filled: so many chains are given back.
+    #[inline(always)]
+    pub fn gave(&mut self, count: u16) {
+        self.next_used = self.next_used.wrapping_add(count);
     }
 
     /// Shows the driver all chains given back, in one store, and says whether it wants to be told.

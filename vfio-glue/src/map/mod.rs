@@ -433,6 +433,54 @@ mod tests {
     }
 
     #[test]
+    fn a_hit_answers_for_its_own_place_and_for_nothing_beside_it() {
+        let (_, map) = fake();
+        let file = memfd(2 * MIB);
+        let at = |guest: u64| region(&file, guest, MIB, guest % (2 * MIB));
+        let table = map.add("vm0", vec![at(2 * MIB), at(5 * MIB)]).unwrap();
+        let mut hint = TableHint::default();
+        assert!(table.hit(&hint).is_none(), "nothing was asked yet");
+        assert!(table.turn(&mut hint, GuestAddress(2 * MIB)));
+        assert!(!table.turn(&mut hint, GuestAddress(3 * MIB - 1)), "it is there");
+        assert!(!table.turn(&mut hint, GuestAddress(3 * MIB)), "no memory");
+        let hit = table.hit(&hint).unwrap();
+        let of_16 = hit.of_len(16).unwrap();
+        for (start, len, lies_here) in [
+            (2 * MIB, 1, true),
+            (2 * MIB, u32::try_from(MIB).unwrap(), true),
+            (2 * MIB, u32::try_from(MIB + 1).unwrap(), false),
+            (2 * MIB - 1, 16, false),
+            (3 * MIB - 16, 16, true),
+            (3 * MIB - 15, 16, false),
+            (5 * MIB, 16, false),
+            (u64::MAX, 16, false),
+            (u64::MAX - 15, u32::MAX, false),
+        ] {
+            let piece = hit.whole(GuestAddress(start), len);
+            assert_eq!(piece.is_some(), lies_here, "{start:#x}, {len}");
+            let told = table.lookup_once(GuestAddress(start), len);
+            if let (Some(piece), Some(told)) = (piece, told) {
+                assert_eq!((piece.iova, piece.len()), (told.iova, len as usize));
+            }
+            if len == 16 {
+                let iova = piece.map(|piece| piece.iova);
+                assert_eq!(of_16.iova(GuestAddress(start)), iova, "{start:#x}");
+                let host = of_16.host(GuestAddress(start)).map(|host| host.len());
+                assert_eq!(host, lies_here.then_some(16), "{start:#x}");
+            }
+        }
+        assert!(hit.of_len(u32::MAX).is_none());
+        assert!(table.turn(&mut hint, GuestAddress(5 * MIB)));
+        assert!(
+            table
+                .hit(&hint)
+                .unwrap()
+                .whole(GuestAddress(5 * MIB), 16)
+                .is_some()
+        );
+    }
+
+    #[test]
     fn a_table_shows_every_byte_of_its_regions_at_any_offset_in_page_and_cell() {
         let (_, map) = fake();
         let file = memfd(3 * CELL_BYTES);

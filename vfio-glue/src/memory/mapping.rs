@@ -368,7 +368,7 @@ impl HostRange {
     }
 
     /// `len` bytes from `offset` on, borrowed, or `None` if they are not all in this range.
-    #[inline(always)]
+    #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Option<HostSlice<'_>> {
         if offset > self.len || len > self.len - offset {
             return None;
@@ -422,12 +422,13 @@ impl<'a> HostSlice<'a> {
     }
 
     /// `len` bytes from `offset` on, or `None` if they are not all here.
-    #[inline]
+    #[inline(always)]
     pub fn sub(&self, offset: usize, len: usize) -> Option<HostSlice<'a>> {
-        if offset > self.len || len > self.len - offset {
+        if offset.checked_add(len)? > self.len {
             return None;
         }
-        // SAFETY: `offset` is at most `self.len`, so the sum stays inside the mapping or one past its end.
+        // SAFETY: `offset` is at most `self.len` by the line above, so the sum stays inside the mapping or one past its
+        // end.
         let start = unsafe { self.start.add(offset) };
         Some(HostSlice {
             start,

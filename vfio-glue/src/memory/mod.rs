@@ -24,5 +24,5 @@ pub(crate) use mapping::MemoryFile;
 pub use mapping::{FileError, HostRange, HostSlice};
 pub use region::RegionSpec;
 pub(crate) use table::refuse_overlap;
-pub use table::{Footprint, OverlapError, Piece, Table, TableHint};
+pub use table::{Footprint, Hit, HitOfLen, OverlapError, Piece, Table, TableHint};
 pub use virtq_memory::{RawDescriptor, UsedElement, VirtqMemory, VirtqMemoryError, read_indirect};

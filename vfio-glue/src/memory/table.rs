@@ -57,6 +57,65 @@ impl Piece<'_> {
     }
 }
 
+/// Where in a table the last answer was. Answers from there need no second look at the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Hit<'a> {
+    first: u64,
+    iova: Iova,
+    host: HostSlice<'a>,
+}
+
+impl<'a> Hit<'a> {
+    /// All of `len` bytes from `start` on, if they lie here in one piece; else [`Table::lookup`] tells where they are.
+    #[inline(always)]
+    pub fn whole(&self, start: GuestAddress, len: u32) -> Option<Piece<'a>> {
+        // Wraps to more than any segment has where `start` is below it.
+        let skip = usize::try_from(start.0.wrapping_sub(self.first)).ok()?;
+        let host = self.host.sub(skip, len as usize)?;
+        let iova = self.iova.offset(skip as u64);
+        Some(Piece { iova, host })
+    }
+
+    /// The same place for many questions about `len` bytes. `None` if there are not so many.
+    #[inline]
+    pub fn of_len(&self, len: u32) -> Option<HitOfLen<'a>> {
+        let last = self.host.len().checked_sub(len as usize)?;
+        Some(HitOfLen {
+            hit: *self,
+            len,
+            last,
+        })
+    }
+}
+
+/// A [`Hit`] to be asked about pieces of one length.
+#[derive(Clone, Copy, Debug)]
+pub struct HitOfLen<'a> {
+    hit: Hit<'a>,
+    len: u32,
+    /// Where the last piece of that length starts.
+    last: usize,
+}
+
+impl<'a> HitOfLen<'a> {
+    /// Where the card finds `start`, if all bytes of the length from there on lie here.
+    #[inline(always)]
+    pub fn iova(&self, start: GuestAddress) -> Option<Iova> {
+        let skip = usize::try_from(start.0.wrapping_sub(self.hit.first)).ok()?;
+        (skip <= self.last).then(|| self.hit.iova.offset(skip as u64))
+    }
+
+    /// Where we find the bytes of the length from `start` on, if all of them lie here.
+    #[inline(always)]
+    pub fn host(&self, start: GuestAddress) -> Option<HostSlice<'a>> {
+        let skip = usize::try_from(start.0.wrapping_sub(self.hit.first)).ok()?;
+        if skip > self.last {
+            return None;
+        }
+        self.hit.host.sub(skip, self.len as usize)
+    }
+}
+
 #[derive(Debug)]
 struct Segment {
     first: u64,
@@ -158,23 +217,29 @@ impl Table {
         segment?.piece(start, len)
     }
 
-    /// As [`lookup`](Self::lookup), for bytes that have to lie in one piece, all `len` of them: else `None`. Where the
-    /// answer is where the last one was, as nearly always, it costs a handful of instructions.
-    #[inline(always)]
-    pub fn lookup_whole(&self, hint: &mut TableHint, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
-        let segment = self.segments.get(hint.at);
-        let here = segment.and_then(|segment| segment.whole_piece(start, len));
-        // Not `or_else`: the usual answer is not to be put together again behind a join.
-        if here.is_some() {
-            return here;
-        }
-        self.whole_elsewhere(hint, start, len)
+    /// Where the last answer was, for many questions at once: guests go back to the same place nearly always. `None`
+    /// before the first [`lookup`](Self::lookup).
+    #[inline]
+    pub fn hit(&self, hint: &TableHint) -> Option<Hit<'_>> {
+        let segment = self.segments.get(hint.at)?;
+        Some(Hit {
+            first: segment.first,
+            iova: segment.iova,
+            host: segment.host.whole(),
+        })
     }
 
-    #[cold]
-    #[inline(never)]
-    fn whole_elsewhere(&self, hint: &mut TableHint, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
-        self.find(hint, start)?.whole_piece(start, len)
+    /// Turns `hint` to where `start` is. Says whether that is elsewhere than the last answer.
+    pub fn turn(&self, hint: &mut TableHint, start: GuestAddress) -> bool {
+        let before = hint.at;
+        self.lookup(hint, start, 1).is_some() && hint.at != before
+    }
+
+    /// As [`lookup`](Self::lookup), for bytes that have to lie in one piece, all `len` of them: else `None`.
+    #[inline]
+    pub fn lookup_whole(&self, hint: &mut TableHint, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
+        self.lookup(hint, start, len)
+            .filter(|piece| piece.len() == len as usize)
     }
 
     /// As [`lookup`](Self::lookup), for one who does not come again soon: nothing is remembered, and nothing counted.
@@ -300,16 +365,6 @@ impl Segment {
             iova: self.iova.offset(skip),
             host,
         })
-    }
-
-    /// All of `len` bytes from `start` on, if it has them.
-    #[inline(always)]
-    fn whole_piece(&self, start: GuestAddress, len: u32) -> Option<Piece<'_>> {
-        // Wraps to more than any segment has where `start` is below it.
-        let skip = usize::try_from(start.0.wrapping_sub(self.first)).ok()?;
-        let host = self.host.slice(skip, len as usize).filter(|_| len != 0)?;
-        let iova = self.iova.offset(skip as u64);
-        Some(Piece { iova, host })
     }
 
     #[inline]

@@ -164,15 +164,27 @@ impl VirtqMemory {
     /// Reads descriptor `index`, masked by the size. Each of its two words is read once.
     #[inline]
     pub fn descriptor(&self, index: u16) -> RawDescriptor {
-        let offset = DESCRIPTOR_BYTES * usize::from(index & self.mask);
+        self.read_descriptor(index & self.mask)
+    }
+
+    #[inline(always)]
+    fn read_descriptor(&self, index: u16) -> RawDescriptor {
+        debug_assert!(index < self.size, "the caller checks or masks");
+        let offset = DESCRIPTOR_BYTES * usize::from(index);
         let word = self.desc.as_ptr().wrapping_add(offset).cast::<u64>();
-        // SAFETY: the masked index is below `size`, so 16 bytes at `offset` lie inside the table, whose length
-        // and 16-byte alignment `new` checked and which `_keep` keeps mapped. The guest may write it meanwhile:
+        // SAFETY: both callers, right above, pass an index below `size`, so 16 bytes at `offset` lie inside the table,
+        // whose length and 16-byte alignment `new` checked and which `_keep` keeps mapped. The guest may write it meanwhile:
         // volatile, once, and callers check the copy.
         let low = unsafe { word.read_volatile() };
         // SAFETY: as above, second word.
         let high = unsafe { word.wrapping_add(1).read_volatile() };
         RawDescriptor::from_words(low, high)
+    }
+
+    /// Reads descriptor `index`, or `None` if the table has no such one.
+    #[inline(always)]
+    pub fn checked_descriptor(&self, index: u16) -> Option<RawDescriptor> {
+        (index < self.size).then(|| self.read_descriptor(index))
     }
 
     /// The driver's count of chains offered so far, modulo 2^16. Everything it wrote before is visible after.

@@ -22,6 +22,11 @@ impl RxReport {
     /// CE, SE, SEQ, CXE, RXE: only with bad packets let in, which they never are.
     const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
 
+    /// Done, whole and not damaged.
+    pub(super) const SOUND: u64 = Self::DONE | Self::END_OF_PACKET;
+    /// No report's state.
+    pub(super) const NEVER: u64 = u64::MAX;
+
     pub(super) fn is_done(self) -> bool {
         self.0 & Self::DONE != 0
     }
@@ -32,6 +37,12 @@ impl RxReport {
 
     pub(super) fn is_damaged(self) -> bool {
         self.0 & Self::DAMAGED != 0
+    }
+
+    /// Whether the frame's state is `state`: [`SOUND`](Self::SOUND), or [`NEVER`](Self::NEVER), which none is.
+    #[inline(always)]
+    pub(super) fn is(self, state: u64) -> bool {
+        self.0 & (Self::DONE | Self::END_OF_PACKET | Self::DAMAGED) == state
     }
 
     /// Bytes in this buffer.
@@ -102,6 +113,10 @@ mod tests {
         assert!(report.is_done() && report.is_whole() && !report.is_damaged());
         assert_eq!(report.len(), 1500);
         assert!(RxReport(1 << 31).is_damaged());
+        assert!(report.is(RxReport::SOUND) && !report.is(RxReport::NEVER));
+        for odd in [1, 2, 3 | 1 << 24, 3 | 1 << 31] {
+            assert!(!RxReport(odd).is(RxReport::SOUND), "{odd:#x}");
+        }
         assert!(!tx_is_done(1) && tx_is_done(1 << 32));
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Read with: Intel 82576EB datasheet §7.2.
 
+use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -22,28 +23,19 @@ const EMULATED_SPLIT: u64 = 4096;
 #[derive(Debug)]
 pub(super) struct IgbTxRing {
     queue: Queue,
-    /// By the slot where a frame with the card starts: the position of its last slot.
-    ends: Vec<u32>,
+    /// The position of the last slot of each frame with the card that may have several, oldest first.
+    ends: VecDeque<u32>,
     /// The card is QEMU's model, see [`EMULATED_SPLIT`]. Only a reset can change that, and no queue lives through one.
     cut: bool,
 }
 
 impl IgbTxRing {
     pub(super) fn new(card: Card, number: u32, ring: DescriptorRing, vector: Vector) -> Self {
-        let ends = vec![0; ring.count() as usize];
+        let ends = VecDeque::with_capacity(ring.count() as usize);
         Self {
             queue: Queue::new(card, Side::Tx, number, ring, vector),
             ends,
             cut: false,
-        }
-    }
-
-    /// Notes that a frame fills the slots from `first` to the newest one.
-    #[inline(always)]
-    fn note_end(&mut self, first: u32) {
-        let slot = self.queue.slot(first) as usize;
-        if let Some(end) = self.ends.get_mut(slot) {
-            *end = self.queue.fill.wrapping_sub(1);
         }
     }
 
@@ -71,6 +63,7 @@ impl Ring for IgbTxRing {
 
     fn start(&mut self) -> Result<(), NicError> {
         self.queue.start(&[])?;
+        self.ends.clear();
         self.cut = self.queue.card.is_emulated();
         Ok(())
     }
@@ -84,6 +77,7 @@ impl Ring for IgbTxRing {
 
     fn clear(&mut self) {
         self.queue.oldest = self.queue.fill;
+        self.ends.clear();
     }
 
     fn acknowledge(&mut self) -> u64 {
@@ -106,7 +100,6 @@ impl TxRing for IgbTxRing {
 
     fn post(&mut self, segments: &[Segment]) {
         let packet_len: u32 = segments.iter().map(|segment| segment.len).sum();
-        let first = self.queue.fill;
         let mut first_len = packet_len;
         let count = segments.len();
         for (index, segment) in segments.iter().enumerate() {
@@ -131,36 +124,39 @@ impl TxRing for IgbTxRing {
             self.queue
                 .put(desc::tx_data(rest, std::mem::take(&mut first_len), place));
         }
-        self.note_end(first);
+        self.ends.push_back(self.queue.fill.wrapping_sub(1));
     }
 
     #[inline(always)]
-    fn post_one(&mut self, segment: Segment) {
+    fn post_whole(&mut self, segment: Segment) -> bool {
         if self.cut && crosses_page(segment) {
-            return self.post(&[segment]);
+            return false;
         }
-        let first = self.queue.fill;
         self.queue.put(desc::tx_data(segment, segment.len, Place::Last));
-        self.note_end(first);
+        true
     }
 
-    #[inline]
-    fn reap(&mut self) -> usize {
-        let Queue { ring, fill, .. } = &self.queue;
-        let mut oldest = self.queue.oldest;
-        let mut frames = 0;
-        while oldest != *fill {
-            let Some(end) = self.ends.get(self.queue.slot(oldest) as usize) else {
-                break;
-            };
-            if !desc::tx_is_done(ring.load_report(*end)) {
-                break;
-            }
-            oldest = end.wrapping_add(1);
-            frames += 1;
+    fn reap(&mut self) -> bool {
+        let Some(end) = self.ends.front().copied() else {
+            return false;
+        };
+        if !desc::tx_is_done(self.queue.ring.load_report(end)) {
+            return false;
         }
-        self.queue.oldest = oldest;
-        frames
+        self.ends.pop_front();
+        self.queue.oldest = end.wrapping_add(1);
+        true
+    }
+
+    #[inline(always)]
+    fn reap_whole(&mut self) -> bool {
+        let oldest = self.queue.oldest;
+        // A slot that the card was not told of says "not done": so it was written.
+        if !desc::tx_is_done(self.queue.ring.load_report(oldest)) {
+            return false;
+        }
+        self.queue.oldest = oldest.wrapping_add(1);
+        true
     }
 }
 
