@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use backend::port::Port;
 use backend::worker::{LaneId, Patience, Worker};
 use queues::lane::{Lane, LaneStats, Progress};
 use queues::nic::{Nic, NicError};
@@ -501,4 +502,38 @@ fn sixteen_pairs_on_two_workers_lose_no_wake_up() {
     }
     assert_eq!(bench.sent.lock().unwrap().len(), 20 * usize::from(PAIRS));
     bench.card().violations().assert_clean();
+}
+
+#[test]
+fn pairs_go_round_over_the_workers_with_both_lanes_on_one() {
+    let bench = Bench::new(SILICON);
+    let slot = bench.plug(2, SILICON);
+    let workers = ["first", "second", "third"].map(|name| Worker::start(name, None).unwrap());
+    let (map, nic) = (Arc::clone(&bench.map), Box::new(slot.open_with(4)));
+    let port = Port::new("vm0", map, nic, workers.to_vec(), Patience::Forever, 1500);
+    assert_eq!(port.queues(), 8);
+    let mut homes = Vec::new();
+    for index in 0..port.queues() {
+        let ring = bench.ring(64, 16 * u64::try_from(index).unwrap());
+        let setup = bench.setup_at(ring.place(), 0, port.stats(index).unwrap());
+        port.start_lane(index, setup).unwrap();
+        let name = |_: &mut dyn Lane| std::thread::current().name().map(str::to_owned);
+        homes.push(port.with_lane(index, name).unwrap().unwrap().unwrap());
+    }
+    assert_eq!(
+        homes,
+        [
+            "first", "first", "second", "second", "third", "third", "first", "first"
+        ]
+    );
+    // One that stops and starts again is where it was, and the others have not moved.
+    port.stop_lane(2).unwrap();
+    assert_eq!(
+        port.status().running,
+        [true, true, false, true, true, true, true, true]
+    );
+    for index in (0..port.queues()).filter(|index| *index != 2) {
+        port.stop_lane(index).unwrap();
+    }
+    slot.card.lock().unwrap().violations().assert_clean();
 }
