@@ -7,6 +7,8 @@
 //! The card does nothing by itself: its registers are words of memory, and [`Bed::finish`] marks as done what the driver
 //! has posted. So between two calls of [`Bed::pass`] a bench sees the driver's own work and nothing else.
 
+#![allow(dead_code, reason = "each bench uses its own part of the bed")]
+
 use std::fs::File;
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
@@ -74,6 +76,7 @@ pub(crate) enum Way {
 pub(crate) struct Bed {
     lane: Box<dyn Lane>,
     way: Way,
+    pair: u16,
     card: Arc<PlainCard>,
     bus: Arc<SoftwareBus>,
     guest: Arc<File>,
@@ -82,13 +85,50 @@ pub(crate) struct Bed {
     finished: u32,
     stats: Arc<LaneStats>,
     // After the lane: its ring goes back there.
-    _nic: Igb,
+    _nic: Arc<Mutex<Igb>>,
+}
+
+/// A card whose pairs beds are made on.
+struct Ground {
+    card: Arc<PlainCard>,
+    map: Arc<MemoryMap>,
+    nic: Arc<Mutex<Igb>>,
+}
+
+impl Ground {
+    fn new(pairs: u16) -> Self {
+        let card = Arc::new(PlainCard::default());
+        let map = MemoryMap::new("main", Box::new(PlainIommu(Arc::clone(&card))));
+        let address = DeviceAddress::VfioUser("plain".into());
+        let device = map.attach(&address).expect("it attaches");
+        let setup = IgbSetup {
+            mtu: 1500,
+            queue_pairs: pairs,
+            rss_key: RssKey([0; 40]),
+        };
+        let mut nic = Igb::open(device, setup, Arc::new(NoTime::default())).expect("it comes up");
+        assert_eq!(nic.link(), Link::Up { mbps: 1000 });
+        let nic = Arc::new(Mutex::new(nic));
+        Self { card, map, nic }
+    }
 }
 
 impl Bed {
     /// A lane that has passed some bursts: the next pass completes one burst and takes another.
     pub(crate) fn steady(way: Way, shape: Shape) -> Box<Self> {
-        let mut bed = Self::new(way, shape);
+        Self::steady_on(&Ground::new(1), 0, way, shape)
+    }
+
+    /// The same for each of `pairs` queue pairs of one card.
+    pub(crate) fn steady_pairs(pairs: u16, way: Way, shape: Shape) -> Vec<Self> {
+        let ground = Ground::new(pairs);
+        (0..pairs)
+            .map(|pair| *Self::steady_on(&ground, pair, way, shape))
+            .collect()
+    }
+
+    fn steady_on(ground: &Ground, pair: u16, way: Way, shape: Shape) -> Box<Self> {
+        let mut bed = Self::new(ground, pair, way, shape);
         bed.offer();
         for _ in 0..6 {
             assert_eq!(bed.lane.poll(), Progress::Moved);
@@ -106,19 +146,8 @@ impl Bed {
         bed
     }
 
-    fn new(way: Way, shape: Shape) -> Box<Self> {
-        let card = Arc::new(PlainCard::default());
-        let map = MemoryMap::new("main", Box::new(PlainIommu(Arc::clone(&card))));
-        let address = DeviceAddress::VfioUser("plain".into());
-        let device = map.attach(&address).expect("it attaches");
-        let setup = IgbSetup {
-            mtu: 1500,
-            queue_pairs: 1,
-            rss_key: RssKey([0; 40]),
-        };
-        let mut nic = Igb::open(device, setup, Arc::new(NoTime::default())).expect("it comes up");
-        assert_eq!(nic.link(), Link::Up { mbps: 1000 });
-
+    fn new(ground: &Ground, pair: u16, way: Way, shape: Shape) -> Box<Self> {
+        let Ground { card, map, nic } = ground;
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd"));
         file.set_len(LEN).expect("a size");
         let guest = Arc::new(file);
@@ -129,7 +158,8 @@ impl Bed {
             file: Arc::clone(&guest),
             file_offset: 0,
         };
-        let table = map.add("vm0", vec![region]).expect("it is mapped");
+        let owner = format!("vm{pair}");
+        let table = map.add(&owner, vec![region]).expect("it is mapped");
         let area = |at, len| table.host_range(GuestAddress(at), len).expect("guest memory");
         let memory = VirtqMemory::new(
             SIZE.into(),
@@ -149,24 +179,28 @@ impl Bed {
             call: None,
             err: None,
             stats: Arc::clone(&stats),
-            map: Arc::clone(&map),
+            map: Arc::clone(map),
             link_up: true,
             missing_memory: MissingMemory::IsBroken,
         };
-        let lane = match way {
-            Way::Tx => nic.tx_lane(0, setup),
-            Way::Rx => nic.rx_lane(0, setup),
+        let lane = {
+            let mut nic = nic.lock().expect("no panic");
+            match way {
+                Way::Tx => nic.tx_lane(pair, setup),
+                Way::Rx => nic.rx_lane(pair, setup),
+            }
         };
         let bed = Self {
             lane: lane.expect("it starts"),
             way,
-            card,
+            pair,
+            card: Arc::clone(card),
             bus: map.software_bus(),
             guest,
             offered: 0,
             finished: 0,
             stats,
-            _nic: nic,
+            _nic: Arc::clone(nic),
         };
         bed.build_chains(shape);
         Box::new(bed)
@@ -176,6 +210,11 @@ impl Bed {
     #[inline(always)]
     pub(crate) fn pass(&mut self) {
         self.lane.poll();
+    }
+
+    /// Frames the lane has moved.
+    pub(crate) fn frames(&self) -> u64 {
+        self.stats.frames.get()
     }
 
     /// What happens between two passes: the card is done with what it has, the guest offers a burst.
@@ -201,6 +240,7 @@ impl Bed {
             Way::Tx => 0xe000,
             Way::Rx => 0xc000,
         };
+        let block = block + 0x40 * u32::from(self.pair);
         let word = |offset: u32| self.card.read32(block + offset);
         let base = u64::from(word(0x00)) | u64::from(word(0x04)) << 32;
         let slots = word(0x08) / 16;
