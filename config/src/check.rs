@@ -56,6 +56,35 @@ pub enum ConfigError {
         /// Its device.
         device: DeviceSpec,
     },
+    /// A model that fills receive buffers with frames the port does not let in.
+    #[error(
+        "`port.{port}.device` is {device}, and at an mtu of {mtu} its frames have at most {most} bytes on the wire"
+    )]
+    ModelSize {
+        /// The port.
+        port: String,
+        /// Its device.
+        device: DeviceSpec,
+        /// The port's MTU.
+        mtu: u16,
+        /// The longest frame on the wire, without a tag.
+        most: u32,
+    },
+    /// A device of this process's own, which no IOMMU confines, on a map that has one.
+    #[error(
+        "`map.{map}.iommu` is {}, and `port.{port}` uses it with {device}, which is played by this process: set auto or \
+         none", iommu.as_str()
+    )]
+    MapWithIommu {
+        /// The map.
+        map: String,
+        /// What its file says.
+        iommu: IommuChoice,
+        /// The port.
+        port: String,
+        /// Its device.
+        device: DeviceSpec,
+    },
     /// A port on the control socket.
     #[error("`port.{port}.socket-path` is {}, which is the control socket's path", path.display())]
     ControlSocket {
@@ -200,6 +229,17 @@ impl Config {
                     device: device.clone(),
                 });
             }
+            if let Some(device @ DeviceSpec::Model(model)) = &port.device {
+                let most = u32::from(port.mtu) + 14 + 4;
+                if model.rx_bytes.is_some_and(|bytes| u32::from(bytes) > most) {
+                    return Err(ConfigError::ModelSize {
+                        port: port.name.clone(),
+                        device: device.clone(),
+                        mtu: port.mtu,
+                        most,
+                    });
+                }
+            }
             if let (Some(control), Some(path)) = (&self.control, port.socket.path())
                 && same_path(control, path)
             {
@@ -232,6 +272,18 @@ fn check_device(map: &MapConfig, port: &PortConfig) -> Result<(), ConfigError> {
         ) => {
             let (map, port, device) = names(device);
             Err(ConfigError::MapWithoutMessages {
+                map,
+                iommu,
+                port,
+                device,
+            })
+        }
+        (
+            Some(device @ DeviceSpec::Model(_)),
+            iommu @ (IommuChoice::Iommufd | IommuChoice::Type1 | IommuChoice::VfioUser),
+        ) => {
+            let (map, port, device) = names(device);
+            Err(ConfigError::MapWithIommu {
                 map,
                 iommu,
                 port,
@@ -285,18 +337,18 @@ fn settle_iommu(map: &mut MapConfig, ports: &[PortConfig]) {
     }
 }
 
-/// What a map on `auto` is when these are the devices of its ports: no IOMMU where all are taps, so that one works on a
+/// What a map on `auto` is when these are the devices of its ports: no IOMMU where all are software, so that one works on a
 /// machine that has none. A port that waits for its device may get any.
 pub(crate) fn iommu_for<'a>(devices: impl Iterator<Item = Option<&'a DeviceSpec>>) -> IommuChoice {
-    let (mut taps, mut others) = (0, 0);
+    let (mut software, mut others) = (0, 0);
     for device in devices {
         match device {
             Some(DeviceSpec::VfioUser(_)) => return IommuChoice::VfioUser,
-            Some(DeviceSpec::Tap(_)) => taps += 1,
+            Some(DeviceSpec::Tap(_) | DeviceSpec::Model(_)) => software += 1,
             Some(DeviceSpec::Pci(_)) | None => others += 1,
         }
     }
-    if taps > 0 && others == 0 {
+    if software > 0 && others == 0 {
         IommuChoice::None
     } else {
         IommuChoice::Auto
@@ -329,6 +381,24 @@ mod tests {
             port("a", "tap:a", first),
             port("b", "tap:b", second)
         ))
+    }
+
+    #[test]
+    fn a_model_wants_a_map_without_iommu_and_frames_the_port_lets_in() {
+        let text = |rest: &str| port("a", "model:rx=1518", &format!("fd = 3\n{rest}"));
+        assert_eq!(
+            Config::from_toml(&text("")).unwrap().maps[0].iommu,
+            IommuChoice::None
+        );
+        assert_eq!(
+            error(&text("[map.main]\niommu = 'type1'")),
+            "`map.main.iommu` is type1, and `port.a` uses it with model:rx=1518, which is played by this process: set \
+             auto or none"
+        );
+        assert_eq!(
+            error(&text("mtu = 1499")),
+            "`port.a.device` is model:rx=1518, and at an mtu of 1499 its frames have at most 1517 bytes on the wire"
+        );
     }
 
     #[test]

@@ -66,7 +66,8 @@ struct Cli {
 struct PortFlags {
     /// Device at the wire's end: a PCI address bound to vfio-pci (0000:01:00.0 or 01:00.0), tap:NAME, or
     /// vfio-user:PATH, or none for a port that gets its device later. Wants --socket-path or --fd beside it. Without
-    /// it, where there is no card: a tap interface with the port's name, which copies every frame.
+    /// it, where there is no card: a tap interface with the port's name, which copies every frame. For measuring only:
+    /// model, or model:rx=SIZE, with ,copy: a card played by this process, from which no frame leaves the machine.
     #[arg(long, value_name = "DEVICE", help_heading = "Port")]
     device: Option<DeviceOrNone>,
 

@@ -97,7 +97,7 @@ pub enum MapCommand {
 pub enum DeviceCommand {
     /// Give a port its device.
     Attach {
-        /// A PCI address bound to vfio-pci, tap:NAME, or vfio-user:PATH.
+        /// A PCI address bound to vfio-pci, tap:NAME, or vfio-user:PATH (for measuring also model:rx=SIZE).
         device: DeviceSpec,
         #[command(flatten)]
         reach: Reach,

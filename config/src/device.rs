@@ -16,6 +16,18 @@ pub enum DeviceSpec {
     Tap(String),
     /// A device in another process, reached over this vfio-user socket: `vfio-user:PATH`.
     VfioUser(PathBuf),
+    /// The igb driver on a card of this process's own, for measuring: no frame leaves the machine.
+    Model(ModelSpec),
+}
+
+/// What the card that is no card does: `model`, and after a colon, separated by a comma, `rx=SIZE` and `copy`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct ModelSpec {
+    /// Bytes on the wire, frame check sequence included, of the frames it fills every receive buffer with. Without, it
+    /// receives nothing.
+    pub rx_bytes: Option<u16>,
+    /// Whether a thread of its own moves the payload, as a card's DMA engine would. Otherwise only descriptors change.
+    pub copies: bool,
 }
 
 impl FromStr for DeviceSpec {
@@ -24,6 +36,12 @@ impl FromStr for DeviceSpec {
     fn from_str(text: &str) -> Result<Self, ValueError> {
         if let Some(name) = text.strip_prefix("tap:") {
             return tap_name(name).map(Self::Tap);
+        }
+        if text == "model" {
+            return Ok(Self::Model(ModelSpec::default()));
+        }
+        if let Some(words) = text.strip_prefix("model:") {
+            return model(words).map(Self::Model);
         }
         if let Some(path) = text.strip_prefix("vfio-user:") {
             return port::socket_path(path.into()).map(Self::VfioUser);
@@ -38,6 +56,15 @@ impl fmt::Display for DeviceSpec {
             Self::Pci(address) => address.fmt(f),
             Self::Tap(name) => write!(f, "tap:{name}"),
             Self::VfioUser(path) => write!(f, "vfio-user:{}", path.display()),
+            Self::Model(ModelSpec { rx_bytes, copies }) => {
+                f.write_str("model")?;
+                let rx = rx_bytes.map(|bytes| format!("rx={bytes}"));
+                let words: Vec<String> = rx.into_iter().chain(copies.then(|| "copy".to_owned())).collect();
+                if words.is_empty() {
+                    return Ok(());
+                }
+                write!(f, ":{}", words.join(","))
+            }
         }
     }
 }
@@ -132,6 +159,27 @@ fn hex(text: &str, least: usize, most: usize) -> Option<u32> {
 
 fn hex_byte(text: &str, len: usize) -> Option<u8> {
     hex(text, len, len)?.try_into().ok()
+}
+
+/// Reads what stands behind `model:`.
+fn model(words: &str) -> Result<ModelSpec, ValueError> {
+    let wrong = || ValueError::Model {
+        words: words.to_owned(),
+    };
+    let mut model = ModelSpec::default();
+    for word in words.split(',') {
+        match word.strip_prefix("rx=") {
+            Some(size) if model.rx_bytes.is_none() => {
+                let digits = size.bytes().all(|byte| byte.is_ascii_digit());
+                let size = digits.then(|| size.parse().ok()).flatten();
+                // The shortest frame of Ethernet, and the longest any card takes.
+                model.rx_bytes = Some(size.filter(|size| (64..=9234).contains(size)).ok_or_else(wrong)?);
+            }
+            None if word == "copy" && !model.copies => model.copies = true,
+            _ => return Err(wrong()),
+        }
+    }
+    Ok(model)
 }
 
 /// Reads the name of a tap interface under the kernel's rules (`dev_valid_name`). A `%` is refused too: in
@@ -245,6 +293,39 @@ mod tests {
     }
 
     #[test]
+    fn a_model_receives_frames_of_a_size_and_may_copy() {
+        let model = |rx_bytes, copies| Ok(DeviceSpec::Model(ModelSpec { rx_bytes, copies }));
+        assert_eq!("model".parse(), model(None, false));
+        assert_eq!("model:rx=64".parse(), model(Some(64), false));
+        assert_eq!("model:copy".parse(), model(None, true));
+        assert_eq!("model:rx=1518,copy".parse(), model(Some(1518), true));
+        assert_eq!(
+            "model:copy,rx=1518".parse::<DeviceSpec>().unwrap().to_string(),
+            "model:rx=1518,copy"
+        );
+        let words = [
+            "",
+            "rx",
+            "rx=",
+            "rx=63",
+            "rx=9235",
+            "rx=+64",
+            "rx=64,rx=64",
+            "copy,copy",
+            "tx",
+        ];
+        for words in words {
+            assert_eq!(
+                error(&format!("model:{words}")),
+                format!(
+                    "`{words}` does not say what a model is to do; wanted rx=SIZE, 64 to 9234 bytes on the wire, \
+                     and copy, separated by a comma"
+                )
+            );
+        }
+    }
+
+    #[test]
     fn only_a_port_may_have_none() {
         assert_eq!("none".parse(), Ok(DeviceOrNone(None)));
         assert_eq!(
@@ -262,7 +343,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_read_or_refused(text in "[0-9a-f:.]{0,14}|(tap:|vfio-user:)?\\PC{0,130}") {
+        fn any_text_is_read_or_refused(text in "[0-9a-f:.]{0,14}|(tap:|vfio-user:|model:)?\\PC{0,130}") {
             if let Ok(device) = text.parse::<DeviceSpec>() {
                 prop_assert_eq!(device.to_string().parse(), Ok(device));
             }

@@ -39,7 +39,7 @@ use std::path::PathBuf;
 
 pub use check::ConfigError;
 pub use cli::parse;
-pub use device::{DeviceSpec, PciAddress};
+pub use device::{DeviceSpec, ModelSpec, PciAddress};
 pub use map::{IommuChoice, MapBy, MapConfig};
 pub use nearest::nearest;
 pub use order::{Order, OrderError};

@@ -37,6 +37,15 @@ pub enum ValueError {
         /// What was given.
         text: String,
     },
+    /// A model told something it cannot do.
+    #[error(
+        "`{}` does not say what a model is to do; wanted rx=SIZE, 64 to 9234 bytes on the wire, and copy, separated by \
+         a comma", words.escape_debug()
+    )]
+    Model {
+        /// What stands behind `model:`.
+        words: String,
+    },
     /// A PCI address whose form is right and whose number cannot be.
     #[error("PCI {part} {value:x} in `{text}` is above {most:x} (hexadecimal)")]
     PciRange {

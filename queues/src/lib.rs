@@ -4,7 +4,7 @@
 //! virtq       the guest's ring: chains out, used entries back, wake-ups
 //! net_header  the 12 bytes in front of a frame
 //! lane        one virtqueue joined to one NIC queue: tx.rs (guest → wire), rx.rs (wire → guest)
-//! nic         what a lane needs of a card, and the cards: igb, tap
+//! nic         what a lane needs of a card, and the cards: igb, tap, and model to measure with
 //! clock       waiting, so that tests own time
 //! ```
 //!

@@ -162,6 +162,9 @@ pub enum OpenError {
     /// No key for the spread over its queues could be drawn.
     #[error("the kernel gives no random bytes for an RSS key")]
     RssKey(#[source] std::io::Error),
+    /// A model that copies has no thread to do it.
+    #[error("the kernel gives no thread for the model")]
+    ModelThread(#[source] std::io::Error),
 }
 
 /// The name that was meant, or all there are.

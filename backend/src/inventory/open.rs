@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use config::{DeviceSpec, IommuChoice, MapBy, MapConfig, PortConfig};
+use config::{DeviceSpec, IommuChoice, MapBy, MapConfig, ModelSpec, PortConfig};
 use queues::clock::SystemClock;
 use queues::nic::igb::{Igb, IgbSetup, RssKey};
+use queues::nic::model::{ModelCard, ModelSetup, Payload};
 use queues::nic::tap::Tap;
 use queues::nic::{Nic, NicError};
 use vfio_glue::iommu::software::SoftwareIommu;
 use vfio_glue::iommu::{self, DeviceAddress, Iommu, IommuKind, VfioUserIommu, choose};
-use vfio_glue::map::MemoryMap;
+use vfio_glue::map::{Device, MemoryMap};
 use vfio_glue::pci::PciAddress;
 
 use super::error::{InventoryError, OpenError};
@@ -50,6 +51,7 @@ pub(super) fn open_device(
         (DeviceSpec::VfioUser(_), IommuKind::None | IommuKind::Iommufd | IommuKind::Type1) => {
             Some("vfio-user")
         }
+        (DeviceSpec::Model(_), IommuKind::Iommufd | IommuKind::Type1 | IommuKind::VfioUser) => Some("none"),
         _ => None,
     };
     if let Some(wanted) = wanted {
@@ -64,8 +66,15 @@ pub(super) fn open_device(
         DeviceSpec::Tap(name) => Tap::open(name, port.mtu, map)
             .map(|tap| Box::new(tap) as Box<dyn Nic>)
             .map_err(OpenError::from),
-        DeviceSpec::Pci(address) => open_card(map, &DeviceAddress::Pci(pci_address(*address)), port),
-        DeviceSpec::VfioUser(path) => open_card(map, &DeviceAddress::VfioUser(path.clone()), port),
+        DeviceSpec::Pci(address) => map
+            .attach(&DeviceAddress::Pci(pci_address(*address)))
+            .map_err(OpenError::from)
+            .and_then(|card| open_card(card, port)),
+        DeviceSpec::VfioUser(path) => map
+            .attach(&DeviceAddress::VfioUser(path.clone()))
+            .map_err(OpenError::from)
+            .and_then(|card| open_card(card, port)),
+        DeviceSpec::Model(model) => open_model(map, device, *model).and_then(|card| open_card(card, port)),
     };
     let fits = opened.and_then(|nic| {
         let (pairs, wanted) = (nic.queue_pairs(), port.queue_pairs);
@@ -87,11 +96,22 @@ pub(super) fn open_device(
     })
 }
 
-fn open_card(
-    map: &Arc<MemoryMap>,
-    address: &DeviceAddress,
-    port: &PortConfig,
-) -> Result<Box<dyn Nic>, OpenError> {
+fn open_model(map: &Arc<MemoryMap>, device: &DeviceSpec, model: ModelSpec) -> Result<Device, OpenError> {
+    let name = device.to_string();
+    let setup = ModelSetup {
+        rx_bytes: model.rx_bytes,
+        payload: if model.copies {
+            Payload::Copied
+        } else {
+            Payload::Untouched
+        },
+    };
+    let card = ModelCard::new(&name, setup, map.software_bus()).map_err(OpenError::ModelThread)?;
+    tracing::warn!(device = name, "a bench device: no frame leaves this machine");
+    Ok(map.attach_software(&name, Arc::new(card))?)
+}
+
+fn open_card(device: Device, port: &PortConfig) -> Result<Box<dyn Nic>, OpenError> {
     let setup = IgbSetup {
         mtu: port.mtu,
         queue_pairs: port.queue_pairs,
@@ -100,7 +120,6 @@ fn open_card(
             None => RssKey::random().map_err(OpenError::RssKey)?,
         },
     };
-    let device = map.attach(address)?;
     let clock = Arc::new(SystemClock::default());
     Ok(Box::new(Igb::open(device, setup, clock)?))
 }

@@ -10,6 +10,7 @@
 
 pub mod absent;
 pub mod igb;
+pub mod model;
 pub mod tap;
 
 use std::os::fd::BorrowedFd;

@@ -126,6 +126,8 @@ pub enum DeviceAddress {
     Pci(PciAddress),
     /// A device served by another process on this UNIX socket.
     VfioUser(PathBuf),
+    /// A device that this process plays itself, by a name it has on its map.
+    Software(String),
 }
 
 impl std::fmt::Display for DeviceAddress {
@@ -133,6 +135,7 @@ impl std::fmt::Display for DeviceAddress {
         match self {
             Self::Pci(address) => address.fmt(f),
             Self::VfioUser(path) => write!(f, "vfio-user:{}", path.display()),
+            Self::Software(name) => write!(f, "software:{name}"),
         }
     }
 }

@@ -53,6 +53,14 @@ impl SoftwareBus {
         })
     }
 
+    /// The `len` bytes at `iova`, if one mapping has them all. They stay there, mapped for devices or not, while this
+    /// lives: for what a device was told to go on using, as its rings.
+    pub fn window(&self, iova: Iova, len: usize) -> Option<HostRange> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let (range, skip) = find(&ranges, iova.raw())?;
+        range.sub(skip, len)
+    }
+
     /// Bytes mapped from `iova` to the end of its range; 0 if it is not mapped.
     pub fn room(&self, iova: Iova) -> usize {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);

@@ -51,8 +51,9 @@ use self::files::Files;
 use self::iova::{IovaAllocator, cautious_ranges};
 use self::plan::Wanted;
 use crate::iommu::software::SoftwareBus;
-use crate::iommu::{DeviceAddress, Iommu, IommuKind};
+use crate::iommu::{DeviceAddress, Iommu, IommuError, IommuKind};
 use crate::memory::{MemoryFile, RegionSpec, Table, refuse_overlap};
+use crate::pci::PciFunction;
 
 /// One IOVA space. Shared by `Arc`; see the module's page for what it promises.
 pub struct MemoryMap {
@@ -228,6 +229,31 @@ impl MemoryMap {
         }
         books.devices.push(device.clone());
         Ok(Device::new(function, Arc::clone(self), device.clone()))
+    }
+
+    /// Lets in a device that this process plays itself, as `name`. It does its DMA through the
+    /// [software bus](Self::software_bus), which no IOMMU confines, so a map with one refuses it.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::Iommu`] for a map with an IOMMU, [`MapError::AlreadyAttached`] for a name that is taken.
+    pub fn attach_software(
+        self: &Arc<Self>,
+        name: &str,
+        function: Arc<dyn PciFunction>,
+    ) -> Result<Device, MapError> {
+        let device = DeviceAddress::Software(name.to_owned());
+        let mut books = self.books();
+        if books.iommu.kind() != IommuKind::None {
+            let iommu = books.iommu.kind().as_str();
+            return Err(IommuError::WrongKind { iommu, device }.into());
+        }
+        if books.devices.contains(&device) {
+            let map = self.name.clone();
+            return Err(MapError::AlreadyAttached { device, map });
+        }
+        books.devices.push(device.clone());
+        Ok(Device::new(function, Arc::clone(self), device))
     }
 
     fn detach(&self, device: &DeviceAddress) -> Result<(), MapError> {

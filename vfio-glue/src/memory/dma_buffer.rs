@@ -17,6 +17,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::{HostRange, HostSlice};
 use crate::address::Iova;
+use crate::iommu::software::SoftwareBus;
 use crate::map::{Extent, MapError, MemoryMap};
 
 /// Some bytes of ours at a bus address. Taken out of the map when dropped: stop the card's use of it first.
@@ -81,6 +82,61 @@ impl Drop for DmaBuffer {
         if let Err(error) = self.map.release(&self.extent, &self.owner) {
             tracing::error!(owner = self.owner, %error, "a buffer of ours stays mapped");
         }
+    }
+}
+
+/// A ring of 16-byte descriptors as a card made of software sees it: the other end of a [`DescriptorRing`].
+#[derive(Debug)]
+pub struct CardRing {
+    base: NonNull<u64>,
+    mask: u32,
+    _memory: HostRange,
+}
+
+// SAFETY: `base` points into `_memory`, which keeps it mapped; every access is one atomic load or store of a word.
+unsafe impl Send for CardRing {}
+
+impl CardRing {
+    /// The ring of `len_bytes` at `iova`, as a driver announces it. `None` if it is not mapped in one piece, not aligned,
+    /// or its descriptors are not a power of two.
+    pub fn at(bus: &SoftwareBus, iova: Iova, len_bytes: u32) -> Option<Self> {
+        let count = len_bytes / 16;
+        let memory = bus.window(iova, 16 * count as usize)?;
+        let fits = count.is_power_of_two() && memory.address().is_multiple_of(8);
+        fits.then(|| Self {
+            base: memory.as_ptr().cast(),
+            mask: count - 1,
+            _memory: memory,
+        })
+    }
+
+    /// The slot after `slot`, both below the ring's size.
+    #[inline]
+    pub fn after(&self, slot: u32) -> u32 {
+        slot.wrapping_add(1) & self.mask
+    }
+
+    /// Reads what the driver wrote into `slot` (masked).
+    #[inline]
+    pub fn load(&self, slot: u32) -> Descriptor {
+        [0, 1].map(|word| u64::from_le(self.word(slot, word).load(Ordering::Relaxed)))
+    }
+
+    /// Writes the second word of `slot` (masked), where the driver looks for a report; what was written before is visible
+    /// to whoever sees it.
+    #[inline]
+    pub fn report(&self, slot: u32, word: u64) {
+        // Pairs with `DescriptorRing::load_report`.
+        self.word(slot, 1).store(word.to_le(), Ordering::Release);
+    }
+
+    #[inline]
+    fn word(&self, slot: u32, word: usize) -> &AtomicU64 {
+        let index = 2 * (slot & self.mask) as usize + word;
+        // SAFETY: the masked slot is below the count and `word` is 0 or 1, so the 8 bytes lie inside `_memory`, which lives
+        // as long as the reference; `at` checked the alignment. The driver's side touches them by volatile and atomic
+        // access only.
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().wrapping_add(index)) }
     }
 }
 

@@ -19,7 +19,7 @@ mod virtq_memory;
 
 pub(crate) use discard::has_reserved;
 pub use discard::{Discarded, discarded};
-pub use dma_buffer::{Descriptor, DescriptorRing, DmaBuffer};
+pub use dma_buffer::{CardRing, Descriptor, DescriptorRing, DmaBuffer};
 pub(crate) use mapping::MemoryFile;
 pub use mapping::{FileError, HostRange, HostSlice};
 pub use region::RegionSpec;
