@@ -33,6 +33,10 @@ pub struct WorkerReport {
     pub name: String,
     /// Passes over its lanes. They stand still while it sleeps.
     pub passes: u64,
+    /// Those in which a lane moved something.
+    pub busy_passes: u64,
+    /// What these cost in all, in cycles of the time stamp counter.
+    pub busy_cycles: u64,
     /// Times it went to sleep.
     pub sleeps: u64,
 }
@@ -109,6 +113,8 @@ pub struct LaneReport {
     pub drop_reasons: BTreeMap<&'static str, u64>,
     /// Passes that moved something.
     pub bursts: u64,
+    /// Passes that found nothing to move: no frame, or no buffer for one.
+    pub idle_passes: u64,
     /// Kicks from the guest.
     pub kicks: u64,
     /// Notifications to the guest.
@@ -206,6 +212,8 @@ impl WorkerReport {
         Self {
             name: worker.name().to_owned(),
             passes: worker.passes(),
+            busy_passes: worker.busy_passes(),
+            busy_cycles: worker.busy_cycles(),
             sleeps: worker.sleeps(),
         }
     }
@@ -269,6 +277,7 @@ impl LaneReport {
             dropped_frames: drop_reasons.values().sum(),
             drop_reasons,
             bursts: stats.bursts.get(),
+            idle_passes: stats.idle_passes.get(),
             kicks: stats.kicks.get(),
             notifications: stats.notifications.get(),
             interrupts: stats.interrupts.get(),

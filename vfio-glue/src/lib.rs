@@ -4,10 +4,12 @@
 //! memory   guest memory as our CPU sees it: mappings, tables, ring views, DMA memory of our own
 //! map      the heart: one IOVA space, its extents and its devices
 //! iommu    what programs it: iommufd, type1, vfio-user, software
+//! cycles   the CPU's time stamp counter, to tell what work costs
 //! pci      a function held through VFIO: registers, config space, interrupts, reset
 //! ```
 //!
-//! `unsafe` lives in `memory/{mapping,guard,virtq_memory,dma_buffer}.rs`, `pci/mmio.rs`, `nudge.rs` and `sys.rs` only.
+//! `unsafe` lives in `memory/{mapping,guard,virtq_memory,dma_buffer}.rs`, `pci/mmio.rs`, `cycles.rs`, `nudge.rs` and `sys.rs`
+//! only.
 //!
 //! The short way to a device, with a map of its own:
 //!
@@ -21,6 +23,7 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+pub mod cycles;
 pub mod iommu;
 pub mod map;
 pub mod memory;

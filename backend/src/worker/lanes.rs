@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use queues::lane::{Lane, Progress};
 use rustix::event::epoll::{self, EventData, EventFlags};
+use vfio_glue::cycles;
 
 use super::patience::Vigil;
 use super::{Command, LaneId, Patience, Pulse, Removed};
@@ -60,12 +61,19 @@ impl Lanes {
     pub(super) fn run(mut self, inbox: &Receiver<Command>) {
         // Made here, as it cannot change threads, and kept from one sleep to the next.
         let mut events = Vec::with_capacity(EVENTS);
+        let mut last = cycles::now();
         loop {
             self.pulse.passes.add(1);
             if !self.obey(inbox) {
                 return;
             }
-            if self.pass() {
+            let moved = self.pass();
+            // One look at the counter a pass, so that nothing between two of them is left out.
+            let now = cycles::now();
+            let taken = now.wrapping_sub(std::mem::replace(&mut last, now));
+            if moved {
+                self.pulse.busy_passes.add(1);
+                self.pulse.busy_cycles.add(taken);
                 continue;
             }
             if self.is_patient(Instant::now) {
@@ -73,6 +81,7 @@ impl Lanes {
                 continue;
             }
             self.sleep(&mut events);
+            last = cycles::now();
         }
     }
 

@@ -62,6 +62,10 @@ pub struct Worker {
 struct Pulse {
     /// Passes so far.
     passes: Counter,
+    /// Those of them in which a lane moved something.
+    busy_passes: Counter,
+    /// What these cost, in cycles of the time stamp counter.
+    busy_cycles: Counter,
     /// Sleeps so far.
     sleeps: Counter,
     /// It waits in epoll, where it may stay as long as it likes.
@@ -165,6 +169,16 @@ impl Worker {
     /// Passes over its lanes so far. They stand still while it sleeps.
     pub fn passes(&self) -> u64 {
         self.pulse.passes.get()
+    }
+
+    /// Those of them in which a lane moved something.
+    pub fn busy_passes(&self) -> u64 {
+        self.pulse.busy_passes.get()
+    }
+
+    /// What [`busy_passes`](Self::busy_passes) cost in all, in cycles of the time stamp counter.
+    pub fn busy_cycles(&self) -> u64 {
+        self.pulse.busy_cycles.get()
     }
 
     /// Whether it waits for a wake-up.
@@ -278,6 +292,8 @@ mod tests {
         until(|| worker.is_asleep());
         let (passes, sleeps) = (worker.passes(), worker.sleeps());
         assert!(passes > 5);
+        assert_eq!(worker.busy_passes(), 5);
+        assert!(worker.busy_cycles() > 0);
         (0..1000).for_each(|_| std::thread::yield_now());
         // One more, if the wake-up of the command had not been seen yet.
         assert!(worker.passes() <= passes + 1 && worker.sleeps() <= sleeps + 1);

@@ -228,7 +228,10 @@ impl<W: Way> Lane for W {
                 self.guest_mut().virtq.refuse_kicks();
                 Progress::Moved
             }
-            Ok(progress) => progress,
+            Ok(progress) => {
+                self.guest().stats.idle_passes.add(1);
+                progress
+            }
             Err(error) => {
                 self.guest_mut().retire(&error);
                 Progress::Retired

@@ -91,6 +91,8 @@ pub struct LaneStats {
     pub dropped: [Counter; Drop::ALL.len()],
     /// Passes that moved something.
     pub bursts: Counter,
+    /// Passes that found nothing to move: tx, no frame in the virtqueue; rx, none from the card or no buffer for one.
+    pub idle_passes: Counter,
     /// Kicks received from the guest.
     pub kicks: Counter,
     /// Notifications sent to the guest.
