@@ -388,6 +388,7 @@ impl<R: RxRing> RxLane<R> {
         if given > 0 {
             posted.forget(given.into());
             virtq.gave(given);
+            self.ring.note_usual(given.into(), bytes);
             self.count_in_place(given.into(), bytes);
         }
         given

@@ -233,6 +233,12 @@ pub trait RxRing: Ring {
     /// The caller knows that a buffer is posted.
     fn harvest_usual(&mut self, most_bytes: u32) -> Option<Received>;
 
+    /// Takes note of how many frames, and bytes of theirs, were taken by [`harvest_usual`](Self::harvest_usual) since the last
+    /// call: once for each run of them, as a card's driver keeps its interrupts apart by that.
+    fn note_usual(&mut self, frames: u64, bytes: u64) {
+        let _ = (frames, bytes);
+    }
+
     /// Takes the oldest posted buffer back, if the card has filled it.
     fn harvest(&mut self) -> Option<Received>;
 }

@@ -68,11 +68,11 @@ impl Moderation {
         }
     }
 
-    /// A frame of `len` bytes was taken from the ring.
+    /// Frames of so many bytes together were taken from the ring.
     #[inline]
-    pub(super) fn frame(&mut self, len: u32) {
-        self.frames += 1;
-        self.bytes += u64::from(len);
+    pub(super) fn frames(&mut self, count: u64, bytes: u64) {
+        self.frames += count;
+        self.bytes += bytes;
     }
 
     /// `count` interrupts came. Returns the pace if it is another one from now on.
@@ -99,9 +99,9 @@ mod tests {
     use super::*;
 
     /// What comes of `frames` frames of `len` bytes before each of a window of interrupts.
-    fn window(moderation: &mut Moderation, frames: u32, len: u32) -> Option<Pace> {
+    fn window(moderation: &mut Moderation, frames: u64, len: u32) -> Option<Pace> {
         let mut changes = (0..WINDOW).filter_map(|_| {
-            (0..frames).for_each(|_| moderation.frame(len));
+            moderation.frames(frames, frames * u64::from(len));
             moderation.interrupts(1)
         });
         let change = changes.next();
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn no_count_a_card_could_report_overflows() {
         let mut moderation = Moderation::new();
-        moderation.frame(u32::MAX);
+        moderation.frames(1, u32::MAX.into());
         assert_eq!(moderation.interrupts(u64::MAX), None);
         assert_eq!(moderation.interrupts(u64::MAX), None);
     }

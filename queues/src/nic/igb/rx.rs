@@ -117,6 +117,11 @@ impl RxRing for IgbRxRing {
         Some(Received { len, verdict })
     }
 
+    #[inline]
+    fn note_usual(&mut self, frames: u64, bytes: u64) {
+        self.moderation.frames(frames, bytes);
+    }
+
     fn harvest(&mut self) -> Option<Received> {
         let queue = &mut self.queue;
         // Slots the card was not told of hold nothing of its.
@@ -128,7 +133,7 @@ impl RxRing for IgbRxRing {
             return None;
         }
         queue.oldest = queue.oldest.wrapping_add(1);
-        self.moderation.frame(report.len());
+        self.moderation.frames(1, report.len().into());
         // The bound makes a frame over two buffers impossible; if one comes all the same, no part is passed on.
         let torn = self.awaited == RxReport::NEVER;
         self.awaited = if report.is_whole() {
