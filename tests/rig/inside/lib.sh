@@ -116,10 +116,14 @@ backend_comes_up() {
 	backend_is_up || { tail -n 5 "$LOGS/backend.log" && return 1; }
 }
 
-# DPDK's vhost and igb drivers in our place: shows that the rig works, whatever our process does.
+# DPDK's vhost driver and its igb or tap driver in our place: shows that the rig works, whatever our process does.
 stand_in_start() {
-	hugepages 400
-	dpdk-testpmd --lcores 0@0,1@0 --file-prefix backend -m 128 -a "$1" --vdev "net_vhost0,iface=$SOCKET,queues=1" -- \
+	local device
+	case $1 in
+	tap:*) device=(--no-huge -m 64 --no-pci --vdev "net_tap0,iface=${1#tap:}") ;;
+	*) device=(-m 128 -a "$1") && hugepages 400 ;;
+	esac
+	dpdk-testpmd --lcores 0@0,1@0 --file-prefix backend "${device[@]}" --vdev "net_vhost0,iface=$SOCKET,queues=1" -- \
 		--forward-mode=io --auto-start --total-num-mbufs=8192 --stats-period 3600 >"$LOGS/backend.log" 2>&1 &
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use signal_hook::consts::SIGTERM;
 use signal_hook::iterator::Signals;
-use tests::wire::{Limit, Mac, PacketSocket, Pattern, Run, Tally, echo, receive, send, through};
+use tests::wire::{Limit, Mac, PacketSocket, Pattern, Run, Tally, echo, receive, round_trips, send, through};
 
 /// Ethernet frames with a sequence number and known contents, over AF_PACKET.
 #[derive(Parser)]
@@ -43,6 +43,14 @@ enum Mode {
     },
     /// Check frames and send each back where it came from.
     Echo {
+        /// The interface to use.
+        #[arg(long)]
+        iface: String,
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Send one frame after the other to somebody who sends them back, and say how long each took.
+    PingPong {
         /// The interface to use.
         #[arg(long)]
         iface: String,
@@ -203,6 +211,27 @@ fn run(mode: Mode) -> Result<ExitCode> {
             let socket = PacketSocket::open(&iface)?;
             let tally = echo(&socket, &args.run(socket.mac(), 0)?)?;
             args.report(&format!("{iface} and back"), &tally, begun.elapsed())
+        }
+        Mode::PingPong { iface, run: args } => {
+            let socket = PacketSocket::open(&iface)?;
+            let trips = round_trips(&socket, &args.run(socket.mac(), std::process::id())?)?;
+            if args.json {
+                let us = |percent| trips.percentile(percent).map(|time| time.as_secs_f64() * 1e6);
+                println!(
+                    "{}",
+                    serde_json::json!({
+                        "count": trips.count(), "lost": trips.lost, "median_us": us(50), "p99_us": us(99)
+                    })
+                );
+            } else {
+                println!("{iface} and back, {} bytes: {trips}", args.size);
+            }
+            let proven = trips.lost == 0 && trips.count() > 0;
+            Ok(if proven {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
         }
         Mode::Through { from, to, run: args } => {
             let (source, sink) = (PacketSocket::open(&from)?, PacketSocket::open(&to)?);

@@ -26,7 +26,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    fn is_reached(self, sent: u64, begun: Instant) -> bool {
+    pub(super) fn is_reached(self, sent: u64, begun: Instant) -> bool {
         match self {
             Self::Frames(frames) => sent >= frames,
             Self::Time(time) => begun.elapsed() >= time,
@@ -182,7 +182,7 @@ pub fn echo(socket: &PacketSocket, run: &Run) -> Result<Tally, WireError> {
 }
 
 /// Whether a probe comes through within `run.up_within`.
-fn comes_up(from: &PacketSocket, to: &PacketSocket, run: &Run) -> Result<bool, WireError> {
+pub(super) fn comes_up(from: &PacketSocket, to: &PacketSocket, run: &Run) -> Result<bool, WireError> {
     let mut receiver = Receiver::new(to, run.pattern);
     let mut probe = Vec::new();
     run.pattern.write_probe(&mut probe);
@@ -191,7 +191,7 @@ fn comes_up(from: &PacketSocket, to: &PacketSocket, run: &Run) -> Result<bool, W
         from.send(&probe)?;
         let asked = Instant::now();
         while asked.elapsed() < PROBE_EVERY {
-            if receiver.sees_probe()? {
+            if receiver.sees(Seen::Probe)? {
                 return Ok(true);
             }
             to.wait(PROBE_EVERY.saturating_sub(asked.elapsed()))?;
@@ -200,7 +200,8 @@ fn comes_up(from: &PacketSocket, to: &PacketSocket, run: &Run) -> Result<bool, W
     Ok(false)
 }
 
-struct Receiver<'a> {
+/// The receiving end of a run.
+pub(super) struct Receiver<'a> {
     socket: &'a PacketSocket,
     pattern: Pattern,
     frame: Vec<u8>,
@@ -208,7 +209,7 @@ struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    fn new(socket: &'a PacketSocket, pattern: Pattern) -> Self {
+    pub(super) fn new(socket: &'a PacketSocket, pattern: Pattern) -> Self {
         Self {
             socket,
             pattern,
@@ -228,9 +229,10 @@ impl<'a> Receiver<'a> {
         Ok(any)
     }
 
-    fn sees_probe(&mut self) -> Result<bool, WireError> {
+    /// Whether this one is among the frames that wait, of which those before it are passed over.
+    pub(super) fn sees(&mut self, wanted: Seen) -> Result<bool, WireError> {
         while let Some(len) = self.socket.receive(&mut self.frame)? {
-            if self.pattern.check(&self.frame[..len], &mut self.scratch) == Seen::Probe {
+            if self.pattern.check(&self.frame[..len], &mut self.scratch) == wanted {
                 return Ok(true);
             }
         }

@@ -11,9 +11,11 @@
 mod exchange;
 mod frame;
 mod packet_socket;
+mod round_trip;
 mod tally;
 
 pub use exchange::{Limit, Run, echo, receive, send, through};
 pub use frame::{Mac, Pattern, Seen};
 pub use packet_socket::{PacketSocket, WireError};
+pub use round_trip::{RoundTrips, round_trips};
 pub use tally::Tally;
