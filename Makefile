@@ -1,5 +1,5 @@
 # The commands of the project. What they do is in tests/rig; none of them asks a question.
-.PHONY: help build demo demo-guest test bench-map bench-latency bench-instructions setup clean-rig
+.PHONY: help build demo demo-guest test bench-map bench-peers bench-latency bench-instructions setup clean-rig
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -19,6 +19,9 @@ test: ## everything: format, lints, tests, and the rig with a real vfio-pci devi
 
 bench-map: ## how long it takes to map a guest's memory, beside DPDK; GIB=1,8: how much of it
 	@tests/rig/figures $(GIB)
+
+bench-peers: ## what a frame costs beside DPDK, by size and direction; SIZES=64 DIRECTIONS=rx ROUNDS=3: less of it
+	@tests/rig/peers
 
 bench-latency: ## how long a frame takes there and back, beside DPDK, and what idling costs; WHERE=tap or WHERE=rig: one of them
 	@tests/rig/latency $(WHERE)
