@@ -45,7 +45,7 @@ for way; do
 	check "$name-both-ways" both_ways --count 5000 --size 1514
 	check "$name-zero-copy" stats_show --iommu "$iommu" --map-by "$mapped" --at-least 15000
 	check "$name-aperture" aperture
-	rx --seconds 600 --idle-ms 500 >/dev/null &
+	rx --seconds 600 --idle-ms 500 --up-within-ms 5000 >/dev/null &
 	traffic=$!
 	wait_for 10 "traffic to stop under" frames_move
 	check "$name-stop-under-traffic" backend_stop
