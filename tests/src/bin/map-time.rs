@@ -13,6 +13,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -57,7 +58,7 @@ struct Cli {
 enum Pages {
     /// 4 KiB pages none of which exists: mapping for a device makes and clears them.
     Sparse,
-    /// 4 KiB pages that exist.
+    /// 4 KiB pages that were written.
     Present,
     /// 2 MiB pages that exist.
     Huge,
@@ -79,9 +80,19 @@ impl Pages {
         };
         let file = File::from(memfd_create("guest-memory", flags).context("cannot make a memfd")?);
         ftruncate(&file, len)?;
-        if !matches!(self, Self::Sparse) {
-            fallocate(file.as_fd(), FallocateFlags::empty(), 0, len)
-                .with_context(|| format!("there are not {len} bytes of memory to be had"))?;
+        let none_left = || format!("there are not {len} bytes of memory to be had");
+        match self {
+            Self::Sparse => {}
+            // Written: pages that are only reserved do not exist yet, and have to be made first.
+            Self::Present => {
+                let zeroes = vec![0; 1 << 20];
+                for at in (0..len).step_by(zeroes.len()) {
+                    file.write_all_at(&zeroes, at).with_context(none_left)?;
+                }
+            }
+            Self::Huge => {
+                fallocate(file.as_fd(), FallocateFlags::empty(), 0, len).with_context(none_left)?;
+            }
         }
         Ok(file)
     }
